@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The client's side of a device: what the VFIO device file does.
+
+use crate::{
+    driver::{
+        description::{segment, Segment},
+        device::Device,
+        memory::{locate, ClientPager},
+        request::{Place, Request}, //
+    },
+    uapi::*,
+    vfio::{
+        device::{
+            self, Info, IrqInfo, RegionInfo, FLAGS_PCI, FLAGS_PLATFORM, FLAGS_RESET, PCI_REQ_IRQ,
+            REGION_MMAP, REGION_READ, REGION_WRITE, //
+        },
+        irq_set::IrqSet,
+        page::PAGE_SIZE,
+        vm::NewVma, //
+    },
+};
+use kernel::{
+    prelude::*,
+    uaccess::UserPtr, //
+};
+
+/// Which way bytes go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    Read,
+    Write,
+}
+
+impl Device {
+    /// Performs a read or write of the device file, part by part: what mappable areas back is
+    /// copied here, the rest is asked of the process.
+    ///
+    /// Returns what was done before the first error, or the error if it is the first thing.
+    fn access(
+        &self,
+        direction: Direction,
+        position: u64,
+        user: UserPtr,
+        len: usize,
+    ) -> Result<usize> {
+        let index = (position >> MUSER_MMAP_REGION_SHIFT) as u32;
+        let offset = position & (MUSER_MAX_REGION_SIZE - 1);
+        let arrays = self.described()?.arrays();
+        let (region, areas) = arrays.region(index).ok_or(EINVAL)?;
+        let needed = match direction {
+            Direction::Read => MUSER_REGION_READ,
+            Direction::Write => MUSER_REGION_WRITE,
+        };
+        if region.flags & needed == 0 || offset >= region.size {
+            return Err(EINVAL);
+        }
+        let len = len.min(usize::try_from(region.size - offset)?);
+        let mut done = 0;
+        while done < len {
+            let at = offset + done as u64;
+            let left = (len - done) as u64;
+            let to = user.wrapping_byte_add(done);
+            let part = match segment(region, areas, at) {
+                Segment::Memory(size) => {
+                    let part = left.min(size) as usize;
+                    self.copy(direction, index, at, to, part).map(|()| part)
+                }
+                Segment::Forwarded(size) => {
+                    let count = left.min(size).min(u64::from(MUSER_SLOT_DATA)) as u32;
+                    let place = Place {
+                        region: index,
+                        offset: at,
+                        count,
+                    };
+                    self.forward(direction, place, to).map(|()| count as usize)
+                }
+            };
+            match part {
+                Ok(part) => done += part,
+                Err(error) if done == 0 => return Err(error),
+                Err(_) => break,
+            }
+        }
+        Ok(done)
+    }
+
+    fn copy(
+        &self,
+        direction: Direction,
+        region: u32,
+        offset: u64,
+        user: UserPtr,
+        len: usize,
+    ) -> Result {
+        match direction {
+            Direction::Read => {
+                self.counters.memory_reads.add(1);
+                self.memory.read(region, offset, user, len)
+            }
+            Direction::Write => {
+                self.counters.memory_writes.add(1);
+                self.memory.write(region, offset, user, len)
+            }
+        }
+    }
+
+    fn forward(&self, direction: Direction, place: Place, user: UserPtr) -> Result {
+        match direction {
+            Direction::Read => {
+                let request = Request::read(place)?;
+                self.perform(&request)?;
+                request.copy_to_user(user)
+            }
+            Direction::Write => self.perform(&Request::write(place, user)?),
+        }
+    }
+}
+
+impl device::Operations for Device {
+    const NAME: &'static CStr = c"muser";
+
+    fn open(&self) -> Result {
+        self.described()?;
+        self.set_client(true);
+        Ok(())
+    }
+
+    fn close(&self) {
+        if let Ok(described) = self.described() {
+            described.irqs.disable_all();
+        }
+        self.set_client(false);
+        // The next client finds the device as if it had been switched on. Without memory for the
+        // request it finds it as the last one left it.
+        match Request::reset(true) {
+            Ok(request) => self.perform_later(&request),
+            Err(_) => pr_warn!("{}: no memory to reset the device after its client\n", self.name()),
+        }
+    }
+
+    fn info(&self) -> Result<Info> {
+        let arrays = self.described()?.arrays();
+        let bus = match arrays.bus {
+            MUSER_BUS_PCI => FLAGS_PCI,
+            _ => FLAGS_PLATFORM,
+        };
+        Ok(Info {
+            flags: bus | FLAGS_RESET,
+            regions: arrays.visible_regions(),
+            irqs: arrays.visible_irqs(),
+        })
+    }
+
+    fn region_info(
+        &self,
+        index: u32,
+        answer: &mut dyn FnMut(RegionInfo<'_>) -> Result,
+    ) -> Result {
+        let arrays = self.described()?.arrays();
+        if index >= arrays.visible_regions() {
+            return Err(EINVAL);
+        }
+        let offset = u64::from(index) << MUSER_MMAP_REGION_SHIFT;
+        let Some((region, areas)) = arrays.region(index) else {
+            return answer(RegionInfo {
+                flags: 0,
+                size: 0,
+                offset,
+                sparse: &mut core::iter::empty(),
+            });
+        };
+        let mut flags = 0;
+        for (ours, theirs) in [
+            (MUSER_REGION_READ, REGION_READ),
+            (MUSER_REGION_WRITE, REGION_WRITE),
+        ] {
+            if region.flags & ours != 0 {
+                flags |= theirs;
+            }
+        }
+        if !areas.is_empty() {
+            flags |= REGION_MMAP;
+        }
+        let whole = matches!(areas, [area] if area.offset == 0 && area.size == region.size);
+        let sparse = if whole { &[][..] } else { areas };
+        answer(RegionInfo {
+            flags,
+            size: region.size,
+            offset,
+            sparse: &mut sparse.iter().map(|area| (area.offset, area.size)),
+        })
+    }
+
+    fn irq_info(&self, index: u32) -> Result<IrqInfo> {
+        let described = self.described()?;
+        match described.irqs.info(index) {
+            Some(info) => Ok(info),
+            None if index < described.arrays().visible_irqs() => Ok(IrqInfo { flags: 0, count: 0 }),
+            None => Err(EINVAL),
+        }
+    }
+
+    fn set_irqs(&self, set: &IrqSet) -> Result {
+        self.described()?.irqs.set(set)
+    }
+
+    fn reset(&self) -> Result {
+        self.perform(&Request::reset(false)?)
+    }
+
+    fn read(&self, position: u64, to: UserPtr, len: usize) -> Result<usize> {
+        self.access(Direction::Read, position, to, len)
+    }
+
+    fn write(&self, position: u64, from: UserPtr, len: usize) -> Result<usize> {
+        self.access(Direction::Write, position, from, len)
+    }
+
+    fn mmap(&self, vma: &NewVma<'_>) -> Result {
+        self.check_mapping(vma, vma.offset())?;
+        vma.fill::<ClientPager>(self.memory.clone());
+        Ok(())
+    }
+
+    fn request(&self, count: u32) {
+        if self.bus != MUSER_BUS_PCI {
+            return;
+        }
+        let trigger = muser_trigger {
+            index: PCI_REQ_IRQ,
+            vectors: 1,
+            ..muser_trigger::default()
+        };
+        let asked = self
+            .described()
+            .and_then(|described| described.irqs.trigger(&trigger));
+        if count == 0 && !matches!(asked, Ok(1)) {
+            pr_info!("{}: its client can't be asked to close it; waiting\n", self.name());
+        }
+    }
+
+    fn dma_unmap(&self, _iova: u64, _len: u64) {
+        // Nothing of the client's memory is pinned.
+    }
+}
+
+impl Device {
+    /// Checks that a mapping of pages from `first`, as the VFIO device file counts them, lies in one
+    /// mappable area and has no rights that the region has not.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`, and `EACCES` for the rights.
+    pub(crate) fn check_mapping(&self, vma: &NewVma<'_>, first: usize) -> Result {
+        let (index, offset) = locate(first);
+        let arrays = self.described()?.arrays();
+        let (region, areas) = arrays.region(index).ok_or(EINVAL)?;
+        let len = (vma.pages() as u64)
+            .checked_mul(PAGE_SIZE as u64)
+            .ok_or(EINVAL)?;
+        let end = offset.checked_add(len).ok_or(EINVAL)?;
+        let inside = areas
+            .iter()
+            .any(|area| area.offset <= offset && end <= area.offset + area.size);
+        if vma.is_private() || !inside {
+            return Err(EINVAL);
+        }
+        if vma.is_readable() && region.flags & MUSER_REGION_READ == 0 {
+            return Err(EACCES);
+        }
+        if region.flags & MUSER_REGION_WRITE == 0 {
+            if vma.is_writable() {
+                return Err(EACCES);
+            }
+            vma.forbid_writing()?;
+        }
+        Ok(())
+    }
+}

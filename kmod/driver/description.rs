@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What a device is made of, checked once when the first process attaches and never changed after.
+//!
+//! The checks are plain functions over slices, without anything of the kernel, so that the host
+//! can test this very file (`tests/model`).
+
+use crate::uapi::*;
+
+/// What is wrong with a description, as it goes into `muser_attach`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fault {
+    /// `MUSER_FAULT_*`.
+    pub(crate) code: u32,
+    /// The element of the array which the fault is about.
+    pub(crate) index: u32,
+}
+
+impl Fault {
+    /// A fault of element `index`.
+    pub(crate) const fn new(code: u32, index: usize) -> Self {
+        // Every array is at most 256 long when its elements are looked at.
+        Self { code, index: index as u32 }
+    }
+}
+
+/// Regions and interrupt indexes of a PCI device: `VFIO_PCI_NUM_REGIONS`, `VFIO_PCI_NUM_IRQS`.
+const PCI_REGIONS: u32 = 9;
+const PCI_IRQS: u32 = 5;
+/// `VFIO_PCI_CONFIG_REGION_INDEX`.
+pub(crate) const PCI_CONFIG_REGION: u32 = 7;
+/// Bytes of config space: PCI 3.0, 6.1, and PCI Express 5.0, 7.2.
+const PCI_CONFIG_SIZES: [u64; 2] = [256, 4096];
+
+/// Bytes of a page: the unit of areas.
+pub(crate) const PAGE_SIZE: u64 = 4096;
+
+/// The arrays of a description.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Arrays<'a> {
+    /// `MUSER_BUS_*`.
+    pub(crate) bus: u32,
+    /// Regions by ascending index.
+    pub(crate) regions: &'a [muser_region],
+    /// Areas, those of the first region first.
+    pub(crate) areas: &'a [muser_area],
+    /// Interrupt indexes, ascending.
+    pub(crate) irqs: &'a [muser_irq],
+}
+
+/// Which part of a region an offset is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Segment {
+    /// Kernel pages back the next so many bytes.
+    Memory(u64),
+    /// The process serves the next so many bytes.
+    Forwarded(u64),
+}
+
+impl<'a> Arrays<'a> {
+    /// How many regions a client sees: those of the bus, or one more than the highest index.
+    pub(crate) fn visible_regions(&self) -> u32 {
+        match self.bus {
+            MUSER_BUS_PCI => PCI_REGIONS,
+            _ => self.regions.last().map_or(0, |region| region.index + 1),
+        }
+    }
+
+    /// How many interrupt indexes a client sees.
+    pub(crate) fn visible_irqs(&self) -> u32 {
+        match self.bus {
+            MUSER_BUS_PCI => PCI_IRQS,
+            _ => self.irqs.last().map_or(0, |irq| irq.index + 1),
+        }
+    }
+
+    /// The region with an index, and its areas.
+    pub(crate) fn region(&self, index: u32) -> Option<(&'a muser_region, &'a [muser_area])> {
+        let mut first = 0;
+        for region in self.regions {
+            let end = first + region.num_areas as usize;
+            if region.index == index {
+                return Some((region, self.areas.get(first..end)?));
+            }
+            first = end;
+        }
+        None
+    }
+
+    /// Bytes of device memory that the areas can come to hold.
+    pub(crate) fn memory(&self) -> u64 {
+        self.areas
+            .iter()
+            .filter(|area| area.flags & MUSER_AREA_MMAP != 0)
+            .fold(0, |sum, area| sum.saturating_add(area.size))
+    }
+
+    /// Finds the first thing that is wrong.
+    pub(crate) fn check(&self) -> Result<(), Fault> {
+        if !matches!(self.bus, MUSER_BUS_PCI | MUSER_BUS_PLATFORM) {
+            return Err(Fault::new(MUSER_FAULT_BUS, 0));
+        }
+        let (regions, irqs) = match self.bus {
+            MUSER_BUS_PCI => (PCI_REGIONS, PCI_IRQS),
+            _ => (MUSER_MAX_REGIONS, MUSER_MAX_IRQ_INDEXES),
+        };
+        self.check_regions(regions)?;
+        self.check_irqs(irqs)
+    }
+
+    fn check_regions(&self, limit: u32) -> Result<(), Fault> {
+        let mut lowest = 0;
+        let mut areas = self.areas;
+        for (i, region) in self.regions.iter().enumerate() {
+            if region.index < lowest || region.index >= limit {
+                return Err(Fault::new(MUSER_FAULT_REGION_INDEX, i));
+            }
+            lowest = region.index + 1;
+            let known = MUSER_REGION_READ | MUSER_REGION_WRITE;
+            if region.flags == 0 || region.flags & !known != 0 || region.reserved != 0 {
+                return Err(Fault::new(MUSER_FAULT_REGION_FLAGS, i));
+            }
+            if region.size > MUSER_MAX_REGION_SIZE {
+                return Err(Fault::new(MUSER_FAULT_REGION_OVERFLOW, i));
+            }
+            let config = self.bus == MUSER_BUS_PCI && region.index == PCI_CONFIG_REGION;
+            if region.size == 0 || (config && !PCI_CONFIG_SIZES.contains(&region.size)) {
+                return Err(Fault::new(MUSER_FAULT_REGION_SIZE, i));
+            }
+            let count = region.num_areas as usize;
+            let (own, rest) = areas
+                .split_at_checked(count)
+                .ok_or(Fault::new(MUSER_FAULT_AREA_COUNT, i))?;
+            check_areas(region, own, self.areas.len() - areas.len())?;
+            areas = rest;
+        }
+        if !areas.is_empty() {
+            return Err(Fault::new(MUSER_FAULT_AREA_COUNT, self.regions.len()));
+        }
+        if self.bus == MUSER_BUS_PCI && self.region(PCI_CONFIG_REGION).is_none() {
+            return Err(Fault::new(MUSER_FAULT_NO_CONFIG, self.regions.len()));
+        }
+        Ok(())
+    }
+
+    fn check_irqs(&self, limit: u32) -> Result<(), Fault> {
+        let mut lowest = 0;
+        for (i, irq) in self.irqs.iter().enumerate() {
+            if irq.index < lowest || irq.index >= limit {
+                return Err(Fault::new(MUSER_FAULT_IRQ_INDEX, i));
+            }
+            lowest = irq.index + 1;
+            let known = MUSER_IRQ_EVENTFD
+                | MUSER_IRQ_MASKABLE
+                | MUSER_IRQ_AUTOMASKED
+                | MUSER_IRQ_NORESIZE;
+            let automasked = irq.flags & MUSER_IRQ_AUTOMASKED != 0;
+            let maskable = irq.flags & MUSER_IRQ_MASKABLE != 0;
+            if irq.flags & !known != 0 || irq.reserved != 0 || (automasked && !maskable) {
+                return Err(Fault::new(MUSER_FAULT_IRQ_FLAGS, i));
+            }
+            if irq.count == 0 || irq.count > MUSER_MAX_IRQ_VECTORS {
+                return Err(Fault::new(MUSER_FAULT_IRQ_COUNT, i));
+            }
+        }
+        Ok(())
+    }
+
+    /// Says whether a client could tell this device from `other`, and by which array.
+    pub(crate) fn differs(&self, other: &Arrays<'_>) -> Result<(), Fault> {
+        if self.regions != other.regions {
+            return Err(Fault::new(MUSER_FAULT_DIFFERS, 0));
+        }
+        if self.areas != other.areas {
+            return Err(Fault::new(MUSER_FAULT_DIFFERS, 1));
+        }
+        if self.irqs != other.irqs {
+            return Err(Fault::new(MUSER_FAULT_DIFFERS, 2));
+        }
+        Ok(())
+    }
+}
+
+/// Checks the areas of one region; `first` is the place of the first one in the whole array.
+fn check_areas(region: &muser_region, areas: &[muser_area], first: usize) -> Result<(), Fault> {
+    let mut lowest = 0;
+    for (i, area) in areas.iter().enumerate() {
+        let fault = |code| Fault::new(code, first + i);
+        if area.flags != MUSER_AREA_MMAP || area.reserved != 0 {
+            return Err(fault(MUSER_FAULT_AREA_FLAGS));
+        }
+        if area.size == 0 || (area.offset | area.size) % PAGE_SIZE != 0 {
+            return Err(fault(MUSER_FAULT_AREA_ALIGN));
+        }
+        let end = area
+            .offset
+            .checked_add(area.size)
+            .filter(|end| *end <= region.size)
+            .ok_or(fault(MUSER_FAULT_AREA_OVERFLOW))?;
+        if area.offset < lowest {
+            return Err(fault(MUSER_FAULT_AREA_OVERLAP));
+        }
+        lowest = end;
+    }
+    Ok(())
+}
+
+/// Says what serves a region at `offset`, and for how many bytes.
+///
+/// `offset` must be below the region's size.
+pub(crate) fn segment(region: &muser_region, areas: &[muser_area], offset: u64) -> Segment {
+    for area in areas {
+        if offset < area.offset {
+            return Segment::Forwarded(area.offset - offset);
+        }
+        if offset < area.offset + area.size {
+            return Segment::Memory(area.offset + area.size - offset);
+        }
+    }
+    Segment::Forwarded(region.size.saturating_sub(offset))
+}

@@ -1,0 +1,444 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A device: what stays while clients and processes come and go.
+//!
+//! # Locks
+//!
+//! `state` is a spinlock, held for a few instructions and never over a copy, an allocation or a
+//! wait. The other locks (a request's `data`, an interrupt index's `vectors`, the memory's
+//! `allocating`) are mutexes of which nothing takes two; `state` may be taken inside none of them.
+
+use crate::{
+    driver::{
+        description::{Arrays, Fault},
+        irqs::Irqs,
+        memory::Memory,
+        queue::{Entry, Id, Queue, Withdrawn},
+        request::Request, //
+    },
+    uapi::*,
+    vfio::{
+        process::Process,
+        shared::SharedMemory,
+        wait::{Moment, Signals, Timeout, WaitQueue, Woken}, //
+    },
+};
+use core::mem::{offset_of, size_of};
+use kernel::{
+    prelude::*,
+    static_lock_class,
+    str::CString,
+    sync::{
+        atomic::{Atomic, Relaxed},
+        new_spinlock,
+        Arc,
+        SetOnce,
+        SpinLock, //
+    },
+};
+
+/// Requests in flight at a time; more clients' threads wait for a place.
+const MAX_REQUESTS: usize = 512;
+/// Default of the attribute `reattach_timeout_ms`.
+const REATTACH_TIMEOUT_MS: u32 = 5_000;
+/// Default of the attribute `max_memory`, in bytes.
+const MAX_MEMORY: u64 = 256 << 20;
+
+/// The description that the first process gave, and what was made by it.
+pub(crate) struct Described {
+    regions: KVec<muser_region>,
+    areas: KVec<muser_area>,
+    irq_list: KVec<muser_irq>,
+    bus: u32,
+    /// The device's interrupts.
+    pub(crate) irqs: Arc<Irqs>,
+}
+
+impl Described {
+    /// Keeps checked arrays.
+    pub(crate) fn new(
+        bus: u32,
+        regions: KVec<muser_region>,
+        areas: KVec<muser_area>,
+        irq_list: KVec<muser_irq>,
+        status: Arc<SharedMemory>,
+    ) -> Result<Self> {
+        let irqs = Irqs::new(&irq_list, status)?;
+        Ok(Self {
+            regions,
+            areas,
+            irq_list,
+            bus,
+            irqs,
+        })
+    }
+
+    /// The description.
+    pub(crate) fn arrays(&self) -> Arrays<'_> {
+        Arrays {
+            bus: self.bus,
+            regions: &self.regions,
+            areas: &self.areas,
+            irqs: &self.irq_list,
+        }
+    }
+}
+
+/// Slots of an attachment: which of them hold a request.
+pub(crate) struct Slots {
+    used: [u64; MUSER_MAX_SLOTS.div_ceil(u64::BITS) as usize],
+    count: u32,
+}
+
+impl Slots {
+    /// `count` free slots, at most [`MUSER_MAX_SLOTS`].
+    pub(crate) fn new(count: u32) -> Self {
+        Self {
+            used: [0; MUSER_MAX_SLOTS.div_ceil(u64::BITS) as usize],
+            count,
+        }
+    }
+
+    /// A slot that is free, and stays so until it is claimed.
+    pub(crate) fn free(&self) -> Option<u32> {
+        let (word, bits) = (0..).zip(self.used).find(|(_, bits)| *bits != u64::MAX)?;
+        let slot = word * u64::BITS + bits.trailing_ones();
+        (slot < self.count).then_some(slot)
+    }
+
+    /// Marks a slot.
+    pub(crate) fn claim(&mut self, slot: u32) {
+        if let Some(word) = self.used.get_mut((slot / u64::BITS) as usize) {
+            *word |= 1 << (slot % u64::BITS);
+        }
+    }
+
+    /// Unmarks a slot.
+    pub(crate) fn release(&mut self, slot: u32) {
+        if let Some(word) = self.used.get_mut((slot / u64::BITS) as usize) {
+            *word &= !(1 << (slot % u64::BITS));
+        }
+    }
+}
+
+/// The process that serves a device.
+pub(crate) struct Attachment {
+    /// Number of the attachment: the owner of the requests it took.
+    pub(crate) owner: u64,
+    /// Its slots.
+    pub(crate) slots: Slots,
+    /// Who it is.
+    pub(crate) process: Process,
+}
+
+/// Requests in flight.
+pub(crate) type Requests = Queue<Arc<Request>, KVVec<Option<Entry<Arc<Request>>>>>;
+
+/// What changes.
+pub(crate) struct State {
+    /// Requests in flight.
+    pub(crate) requests: Requests,
+    /// Who serves the device.
+    pub(crate) attachment: Option<Attachment>,
+    /// Number of the next attachment.
+    pub(crate) next_owner: u64,
+    /// Since when nobody serves it; meaningless while somebody does.
+    pub(crate) detached_since: Moment,
+    /// The device was removed.
+    pub(crate) removed: bool,
+    /// A client has it open.
+    pub(crate) client: bool,
+}
+
+/// Counts events of one kind.
+pub(crate) struct Counter(Atomic<u64>);
+
+impl Default for Counter {
+    fn default() -> Self {
+        Self(Atomic::new(0))
+    }
+}
+
+impl Counter {
+    /// Counts `n` more.
+    pub(crate) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Relaxed);
+    }
+
+    /// How many there were.
+    pub(crate) fn count(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+/// What the device has done; see `muser_counters` for the meaning of each.
+#[derive(Default)]
+pub(crate) struct Counters {
+    pub(crate) reads: Counter,
+    pub(crate) writes: Counter,
+    pub(crate) resets: Counter,
+    pub(crate) memory_reads: Counter,
+    pub(crate) memory_writes: Counter,
+    pub(crate) interrupts: Counter,
+    pub(crate) timeouts: Counter,
+    pub(crate) replays: Counter,
+    pub(crate) withdrawn: Counter,
+    pub(crate) attachments: Counter,
+}
+
+/// What was said in the log once, so that a hostile process can't flood it.
+pub(crate) struct Complaints(Atomic<u32>);
+
+/// Something worth one line in the log.
+#[derive(Clone, Copy)]
+pub(crate) enum Complaint {
+    /// A description was refused.
+    Description,
+    /// A reply was refused.
+    Reply,
+    /// Nobody answered in time.
+    Timeout,
+    /// There is no room for another request.
+    Full,
+}
+
+impl Complaints {
+    fn new() -> Self {
+        Self(Atomic::new(0))
+    }
+
+    /// Whether this is the first of its kind.
+    pub(crate) fn is_first(&self, complaint: Complaint) -> bool {
+        let bit = 1 << complaint as u32;
+        let mut said = self.0.load(Relaxed);
+        while said & bit == 0 {
+            match self.0.cmpxchg(said, said | bit, Relaxed) {
+                Ok(_) => return true,
+                Err(now) => said = now,
+            }
+        }
+        false
+    }
+}
+
+/// A device.
+#[pin_data]
+pub(crate) struct Device {
+    name: CString,
+    /// `MUSER_BUS_*` of its type.
+    pub(crate) bus: u32,
+    /// What it is made of, once a process said so.
+    pub(crate) described: SetOnce<Described>,
+    /// What changes.
+    #[pin]
+    pub(crate) state: SpinLock<State>,
+    /// Threads of the process that wait for a request, and pollers.
+    #[pin]
+    pub(crate) takers: WaitQueue,
+    /// Threads of clients that wait for room for a request.
+    #[pin]
+    room: WaitQueue,
+    /// Pages of mappable areas.
+    pub(crate) memory: Arc<Memory>,
+    /// The page of `muser_status`.
+    pub(crate) status: Arc<SharedMemory>,
+    /// What it did.
+    pub(crate) counters: Counters,
+    /// What was said of it.
+    pub(crate) complaints: Complaints,
+    /// Attribute: how long a request waits with nobody attached.
+    pub(crate) reattach_timeout_ms: Atomic<u32>,
+    /// Attribute: bytes of device memory that a description may ask for.
+    pub(crate) max_memory: Atomic<u64>,
+}
+
+impl Device {
+    /// Makes a device which nobody has described.
+    pub(crate) fn new(name: &CStr, bus: u32) -> Result<Arc<Self>> {
+        let mut places = KVVec::with_capacity(MAX_REQUESTS, GFP_KERNEL_ACCOUNT)?;
+        for _ in 0..MAX_REQUESTS {
+            places.push(None, GFP_KERNEL_ACCOUNT)?;
+        }
+        let state = State {
+            requests: Queue::new(places),
+            attachment: None,
+            next_owner: 1,
+            detached_since: Moment::now(),
+            removed: false,
+            client: false,
+        };
+        Arc::pin_init(
+            try_pin_init!(Self {
+                name: CString::try_from(name)?,
+                bus,
+                described: SetOnce::new(),
+                state <- new_spinlock!(state, "muser_state"),
+                takers <- WaitQueue::new(c"muser_takers", static_lock_class!()),
+                room <- WaitQueue::new(c"muser_room", static_lock_class!()),
+                memory: Memory::new()?,
+                status: Arc::new(SharedMemory::new(size_of::<muser_status>())?, GFP_KERNEL_ACCOUNT)?,
+                counters: Counters::default(),
+                complaints: Complaints::new(),
+                reattach_timeout_ms: Atomic::new(REATTACH_TIMEOUT_MS),
+                max_memory: Atomic::new(MAX_MEMORY),
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )
+    }
+
+    /// Its UUID.
+    pub(crate) fn name(&self) -> &CStr {
+        &self.name
+    }
+
+    /// The description.
+    ///
+    /// # Errors
+    ///
+    /// `ENXIO` if no process has given one yet.
+    pub(crate) fn described(&self) -> Result<&Described> {
+        self.described.as_ref().ok_or(ENXIO)
+    }
+
+    /// Takes a first description, or compares one with the present one.
+    pub(crate) fn describe(&self, described: Described) -> Result<(), Fault> {
+        if self.described.as_ref().is_none() {
+            self.described.populate(described);
+            return Ok(());
+        }
+        match self.described.as_ref() {
+            Some(present) => present.arrays().differs(&described.arrays()),
+            // Another process is in the middle of describing it: `attach` lets in one at a time.
+            None => Err(Fault::new(MUSER_FAULT_ATTACHED, 0)),
+        }
+    }
+
+    /// Says that a client opened the device, or that it is gone.
+    pub(crate) fn set_client(&self, client: bool) {
+        self.state.lock().client = client;
+        let flags = if client { MUSER_STATE_CLIENT } else { 0 };
+        // The page holds the whole struct, so this can't fail.
+        let _ = self.status.store(offset_of!(muser_status, flags), flags);
+    }
+
+    /// Has a process perform a request, and waits for it: killably, and with nobody attached for
+    /// `reattach_timeout_ms` at most.
+    ///
+    /// # Errors
+    ///
+    /// The process's own, `ETIMEDOUT`, `EINTR` if the caller is being killed, `ENODEV` if the
+    /// device is removed.
+    pub(crate) fn perform(&self, request: &Arc<Request>) -> Result {
+        let start = Moment::now();
+        let queued = self.room.wait(Signals::Fatal, Timeout::NEVER, || self.queue(request));
+        let id = match queued {
+            Woken::Ready(id) => id?,
+            Woken::TimedOut | Woken::Signal => return Err(EINTR),
+        };
+        self.takers.wake_one();
+        loop {
+            match request.done().wait(self.patience(start).0) {
+                Woken::Ready(()) => return request.result(),
+                Woken::Signal => {
+                    self.counters.withdrawn.add(1);
+                    self.withdraw(id);
+                    return Err(EINTR);
+                }
+                Woken::TimedOut if self.give_up(id, start) => {
+                    self.counters.timeouts.add(1);
+                    if self.complaints.is_first(Complaint::Timeout) {
+                        pr_warn!(
+                            "{}: a request failed, no process was attached in time\n",
+                            self.name()
+                        );
+                    }
+                    return Err(ETIMEDOUT);
+                }
+                Woken::TimedOut => {}
+            }
+        }
+    }
+
+    /// Has a process perform a request which nobody waits for.
+    pub(crate) fn perform_later(&self, request: &Arc<Request>) {
+        let kind = request.kind();
+        let queued = {
+            let mut state = self.state.lock();
+            let doubled = state.requests.last_queued().is_some_and(|last| last.kind() == kind);
+            state.removed || doubled || state.requests.push(request.clone()).is_some()
+        };
+        if !queued && self.complaints.is_first(Complaint::Full) {
+            pr_warn!("{}: too many requests in flight to reset the device\n", self.name());
+        }
+        self.takers.wake_one();
+    }
+
+    fn queue(&self, request: &Arc<Request>) -> Option<Result<Id>> {
+        let mut state = self.state.lock();
+        if state.removed {
+            return Some(Err(ENODEV));
+        }
+        state.requests.push(request.clone()).map(Ok)
+    }
+
+    /// How long a request made at `start` has left if nothing changes, and whether that is final.
+    ///
+    /// While a process is attached there is no limit; but a look is due after a time in which it
+    /// might have gone away.
+    fn patience(&self, start: Moment) -> (Timeout, bool) {
+        let ms = self.reattach_timeout_ms.load(Relaxed);
+        let state = self.state.lock();
+        if state.attachment.is_some() {
+            // Never no time at all, or the look would not end.
+            return (Timeout::from_ms(ms.max(1)), false);
+        }
+        (Timeout::until(start.max(state.detached_since), ms), true)
+    }
+
+    /// Withdraws a request if nobody was there to take it for too long.
+    fn give_up(&self, id: Id, start: Moment) -> bool {
+        matches!(self.patience(start), (left, true) if left.is_over()) && self.withdraw(id)
+    }
+
+    /// Takes a request back; says whether it was still queued.
+    fn withdraw(&self, id: Id) -> bool {
+        let withdrawn = self.state.lock().requests.withdraw(id);
+        if let Withdrawn::Removed(_) = withdrawn {
+            self.room.wake_one();
+            return true;
+        }
+        false
+    }
+
+    /// Says that a request has left the queue.
+    pub(crate) fn left(&self) {
+        self.room.wake_one();
+    }
+
+    /// Ends the attachment `owner`: what it took goes back into the queue.
+    pub(crate) fn detach(&self, owner: u64) {
+        let replays = {
+            let mut state = self.state.lock();
+            state.attachment = None;
+            state.detached_since = Moment::now();
+            state.requests.owner_gone(owner)
+        };
+        self.counters.replays.add(u64::from(replays));
+        // Abandoned requests ended, too.
+        self.room.wake_all();
+        if replays > 0 {
+            pr_info!("{}: the process is gone, {} requests wait for the next\n", self.name(), replays);
+        }
+    }
+
+    /// Ends everything: the device is being removed, and no client has it open.
+    pub(crate) fn hang_up(&self) {
+        self.state.lock().removed = true;
+        loop {
+            let request = self.state.lock().requests.pop();
+            let Some(request) = request else { break };
+            request.finish(ENODEV.to_errno());
+        }
+        self.takers.wake_all();
+        self.room.wake_all();
+    }
+}

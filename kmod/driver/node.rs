@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The process's side of a device: what `/dev/muser/UUID` does.
+
+use crate::{
+    driver::{
+        device::{Complaint, Device},
+        memory::ProcessPager,
+        queue::{Holder, Id, ReplyError, Taken},
+        request::{Kind, Request},
+    },
+    uapi::*,
+    vfio::{
+        chrdev::{self, POLL_GONE, POLL_IN},
+        errno::Errno,
+        page::PAGE_SIZE,
+        shared::SharedMemory,
+        vm::NewVma,
+        wait::{PollTable, Signals, Timeout, Woken}, //
+    },
+};
+use core::mem::size_of;
+use kernel::{
+    fs::File,
+    prelude::*,
+    sync::{Arc, SetOnce},
+    uaccess::{UserPtr, UserSlice}, //
+};
+use zerocopy::Immutable;
+
+/// Bytes from one slot to the next.
+pub(crate) const SLOT_STRIDE: u32 = size_of::<muser_slot>() as u32 + MUSER_SLOT_DATA;
+/// Largest negated errno: `MAX_ERRNO` of `<linux/err.h>`.
+const MAX_ERRNO: i32 = 4095;
+/// Largest argument of an ioctl that is looked at.
+const MAX_ARGUMENT: usize = PAGE_SIZE;
+
+/// An open file of a node.
+pub(crate) struct NodeFile {
+    /// The device.
+    pub(crate) device: Arc<Device>,
+    /// Set when the file attaches; a file does so once.
+    pub(crate) attached: SetOnce<Attached>,
+}
+
+/// What an attached file has.
+pub(crate) struct Attached {
+    /// Number of the attachment.
+    pub(crate) owner: u64,
+    /// Its slots.
+    pub(crate) slots: SharedMemory,
+    /// How many they are.
+    pub(crate) count: u32,
+}
+
+/// A struct of the ABI which can come in as an argument.
+pub(crate) trait Argument: FromBytes + IntoBytes + Immutable + Default {
+    /// Reads it, by the rules of the ABI for longer and shorter ones.
+    fn read(from: UserPtr) -> Result<Self> {
+        let size = UserSlice::new(from, size_of::<u32>()).reader().read::<u32>()? as usize;
+        if size < size_of::<Self>() {
+            return Err(EINVAL);
+        }
+        if size > MAX_ARGUMENT {
+            return Err(E2BIG);
+        }
+        let mut argument = Self::default();
+        let mut reader = UserSlice::new(from, size).reader();
+        reader.read_slice(argument.as_mut_bytes())?;
+        while !reader.is_empty() {
+            if reader.read::<u8>()? != 0 {
+                return Err(E2BIG);
+            }
+        }
+        Ok(argument)
+    }
+
+    /// Writes it back.
+    fn write(&self, to: UserPtr) -> Result {
+        UserSlice::new(to, size_of::<Self>()).writer().write_slice(self.as_bytes())
+    }
+}
+
+impl Argument for muser_attach {}
+impl Argument for muser_next {}
+impl Argument for muser_trigger {}
+impl Argument for muser_query {}
+
+impl chrdev::Operations for NodeFile {
+    type Target = Device;
+
+    fn open(device: Arc<Device>) -> Result<Pin<KBox<Self>>> {
+        if device.state.lock().removed {
+            return Err(ENODEV);
+        }
+        let file = Self {
+            device,
+            attached: SetOnce::new(),
+        };
+        Ok(KBox::new(file, GFP_KERNEL_ACCOUNT)?.into())
+    }
+
+    fn ioctl(&self, file: &File, command: u32, argument: UserPtr) -> Result<isize> {
+        if self.device.state.lock().removed {
+            return Err(ENODEV);
+        }
+        match command {
+            MUSER_ATTACH => self.attach(argument),
+            MUSER_NEXT => self.next(file, argument),
+            MUSER_TRIGGER => self.trigger(argument),
+            MUSER_QUERY => self.query(argument),
+            _ => return Err(ENOTTY),
+        }?;
+        Ok(0)
+    }
+
+    fn mmap(&self, vma: &NewVma<'_>) -> Result {
+        const STATUS: usize = MUSER_MMAP_STATUS as usize / PAGE_SIZE;
+        const REGIONS: usize = MUSER_MMAP_REGIONS as usize / PAGE_SIZE;
+        let attached = self.attached()?;
+        match vma.offset() {
+            0 => attached.slots.map(vma),
+            STATUS => {
+                if vma.is_writable() {
+                    return Err(EACCES);
+                }
+                vma.forbid_writing()?;
+                self.device.status.map(vma)
+            }
+            first @ REGIONS.. => {
+                self.device.check_mapping(vma, first - REGIONS)?;
+                vma.fill::<ProcessPager>(self.device.memory.clone());
+                Ok(())
+            }
+            _ => Err(EINVAL),
+        }
+    }
+
+    fn poll(&self, file: &File, table: &PollTable) -> u32 {
+        table.register(file, &self.device.takers);
+        let state = self.device.state.lock();
+        if state.removed {
+            return POLL_GONE;
+        }
+        let owner = self.attached.as_ref().map(|attached| attached.owner);
+        match &state.attachment {
+            Some(attachment)
+                if Some(attachment.owner) == owner
+                    && attachment.slots.free().is_some()
+                    && state.requests.queued() > 0 =>
+            {
+                POLL_IN
+            }
+            _ => 0,
+        }
+    }
+}
+
+impl Drop for NodeFile {
+    fn drop(&mut self) {
+        if let Some(attached) = self.attached.as_ref() {
+            self.device.detach(attached.owner);
+        }
+    }
+}
+
+impl NodeFile {
+    fn attached(&self) -> Result<&Attached> {
+        self.attached.as_ref().ok_or(Errno::ENOTCONN.into())
+    }
+
+    /// `MUSER_NEXT`.
+    fn next(&self, file: &File, argument: UserPtr) -> Result {
+        let mut next = muser_next::read(argument)?;
+        let known = MUSER_NEXT_REPLY | MUSER_NEXT_TAKE | MUSER_NEXT_NONBLOCK;
+        let asked = next.flags & (MUSER_NEXT_REPLY | MUSER_NEXT_TAKE);
+        if next.flags & !known != 0 || asked == 0 || next.reserved != 0 {
+            return Err(EINVAL);
+        }
+        let attached = self.attached()?;
+        if asked & MUSER_NEXT_REPLY != 0 {
+            self.reply(attached, next.slot)?;
+            next.flags &= !MUSER_NEXT_REPLY;
+            next.write(argument)?;
+        }
+        if asked & MUSER_NEXT_TAKE != 0 {
+            let now = next.flags & MUSER_NEXT_NONBLOCK != 0 || chrdev::is_nonblocking(file);
+            let timeout = if now { Timeout::NOW } else { Timeout::NEVER };
+            let (slot, taken) = self.take(attached, timeout)?;
+            next.slot = slot;
+            let told = fill(attached, slot, &taken).and_then(|()| next.write(argument));
+            if told.is_err() {
+                self.untake(slot, taken.id);
+            }
+            told?;
+        }
+        Ok(())
+    }
+
+    fn take(
+        &self,
+        attached: &Attached,
+        timeout: Timeout,
+    ) -> Result<(u32, Taken<Arc<Request>>)> {
+        let taken = self.device.takers.wait(Signals::Any, timeout, || {
+            let mut state = self.device.state.lock();
+            if state.removed {
+                return Some(Err(ENODEV));
+            }
+            let state = &mut *state;
+            let slots = &mut state.attachment.as_mut()?.slots;
+            let slot = slots.free()?;
+            let taken = state.requests.take(Holder {
+                owner: attached.owner,
+                slot,
+            })?;
+            slots.claim(slot);
+            Some(Ok((slot, taken)))
+        });
+        match taken {
+            Woken::Ready(taken) => taken,
+            Woken::TimedOut => Err(EAGAIN),
+            Woken::Signal => Err(ERESTARTSYS),
+        }
+    }
+
+    /// Puts a request back of which the process could not be told.
+    fn untake(&self, slot: u32, id: Id) {
+        let mut state = self.device.state.lock();
+        state.requests.untake(id);
+        if let Some(attachment) = &mut state.attachment {
+            attachment.slots.release(slot);
+        }
+        drop(state);
+        self.device.takers.wake_one();
+    }
+
+    fn reply(&self, attached: &Attached, slot: u32) -> Result {
+        let result = self.accept(attached, slot);
+        if let Err(error) = result {
+            let late = error == Errno::ECANCELED.into();
+            if !late && self.device.complaints.is_first(Complaint::Reply) {
+                pr_warn!(
+                    "{}: refused a reply in slot {}: {:?}\n",
+                    self.device.name(),
+                    slot,
+                    error
+                );
+            }
+        }
+        result
+    }
+
+    fn accept(&self, attached: &Attached, slot: u32) -> Result {
+        if slot >= attached.count {
+            return Err(ENOSPC);
+        }
+        // The process can change its slots at any time: copy first, then check.
+        let start = slot as usize * SLOT_STRIDE as usize;
+        let mut head = muser_slot::default();
+        attached.slots.read(start, head.as_mut_bytes())?;
+        if head.result > 0 || head.result < -MAX_ERRNO {
+            return Err(ERANGE);
+        }
+        let holder = Holder {
+            owner: attached.owner,
+            slot,
+        };
+        let request = self
+            .device
+            .state
+            .lock()
+            .requests
+            .reply(Id::from_raw(head.id), holder);
+        let request: Result<Arc<Request>> = match request {
+            Ok(request) => Ok(request),
+            Err(ReplyError::Unknown) => return Err(ENOENT),
+            Err(ReplyError::NotTaken) => return Err(Errno::ENOMSG.into()),
+            Err(ReplyError::OtherOwner) => return Err(EPERM),
+            Err(ReplyError::OtherSlot) => return Err(Errno::EBADSLT.into()),
+            // The request ended; its slot and its place are free like those of any other.
+            Err(ReplyError::Abandoned) => Err(Errno::ECANCELED.into()),
+        };
+        // The slot belongs to this reply until it is released, so its data stay those of the reply,
+        // or what the process makes of them.
+        if let Ok(request) = &request {
+            if head.result == 0 {
+                request.with_read(|data| {
+                    attached.slots.read(start + size_of::<muser_slot>(), data)
+                })?;
+            }
+        }
+        let waiting = {
+            let mut state = self.device.state.lock();
+            if let Some(attachment) = &mut state.attachment {
+                attachment.slots.release(slot);
+            }
+            state.requests.queued() > 0
+        };
+        self.device.left();
+        if waiting {
+            self.device.takers.wake_one();
+        }
+        let request = request?;
+        let counters = &self.device.counters;
+        match request.kind() {
+            Kind::Read(_) => counters.reads.add(1),
+            Kind::Write(_) => counters.writes.add(1),
+            Kind::Reset { .. } => counters.resets.add(1),
+        }
+        request.finish(head.result);
+        Ok(())
+    }
+
+    /// `MUSER_TRIGGER`.
+    fn trigger(&self, argument: UserPtr) -> Result {
+        let mut trigger = muser_trigger::read(argument)?;
+        if trigger.flags & !MUSER_TRIGGER_LOWER != 0 {
+            return Err(EINVAL);
+        }
+        self.attached()?;
+        trigger.signalled = self.device.described()?.irqs.trigger(&trigger)?;
+        let count = trigger.signalled.count_ones();
+        self.device.counters.interrupts.add(u64::from(count));
+        trigger.write(argument)
+    }
+}
+
+/// Writes a request into the slot it was taken into.
+fn fill(attached: &Attached, slot: u32, taken: &Taken<Arc<Request>>) -> Result {
+    let start = slot as usize * SLOT_STRIDE as usize;
+    let head = taken.payload.slot(taken.id.raw(), taken.replay);
+    attached.slots.write(start, head.as_bytes())?;
+    taken
+        .payload
+        .with_written(|data| attached.slots.write(start + size_of::<muser_slot>(), data))
+}

@@ -1,0 +1,371 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The life of a request: queued, taken, and completed, withdrawn or put back.
+//!
+//! This is the logic alone: no locks, no allocation, nothing of the kernel, so that the host can
+//! test this very file (`tests/model`). The driver keeps a [`Queue`] under a spinlock.
+//!
+//! ```text
+//!            push             take              reply
+//!   client ───────▶ queued ─────────▶ taken ─────────────▶ gone
+//!                     │ ▲               │ │
+//!            withdraw │ └───────────────┘ │ withdraw        reply, or owner gone
+//!                     ▼    owner gone     └────────▶ abandoned ─────────▶ gone
+//!                   gone   (replay)
+//! ```
+
+use core::{
+    marker::PhantomData,
+    ops::DerefMut, //
+};
+
+/// The number of a request: never used twice in the life of a queue, and ascending.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Id(u64);
+
+impl Id {
+    /// Bits which say where the entry is; the rest counts requests.
+    const INDEX_BITS: u32 = 16;
+
+    /// Restores an id which [`Id::raw`] gave out, or any other number: look-ups check it.
+    pub(crate) const fn from_raw(raw: u64) -> Self {
+        Self(raw)
+    }
+
+    /// The number that stands for the request outside.
+    pub(crate) const fn raw(self) -> u64 {
+        self.0
+    }
+
+    const fn new(sequence: u64, index: u16) -> Self {
+        Self((sequence << Self::INDEX_BITS) | index as u64)
+    }
+
+    const fn index(self) -> usize {
+        (self.0 & ((1 << Self::INDEX_BITS) - 1)) as usize
+    }
+}
+
+/// Who took a request: an attachment and the slot of it that holds the request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Holder {
+    /// Number of the attachment.
+    pub(crate) owner: u64,
+    /// Slot of the attachment.
+    pub(crate) slot: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Waits to be taken.
+    Queued,
+    /// A process works on it, and its client waits.
+    Taken(Holder),
+    /// A process works on it, and nobody waits any more.
+    Abandoned(Holder),
+}
+
+/// A place in the queue.
+pub(crate) struct Entry<T> {
+    id: Id,
+    state: State,
+    replay: bool,
+    /// The next queued entry; meaningless in any other state.
+    next: Option<u16>,
+    payload: T,
+}
+
+/// Why a reply is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ReplyError {
+    /// There is no such request: it was never made, or it ended.
+    Unknown,
+    /// It was not taken.
+    NotTaken,
+    /// Another attachment took it.
+    OtherOwner,
+    /// The same attachment holds it in another slot.
+    OtherSlot,
+    /// Its client is gone. The request has ended now.
+    Abandoned,
+}
+
+/// What became of a request whose client stopped waiting.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Withdrawn<T> {
+    /// It was queued, and is gone.
+    Removed(T),
+    /// A process has it: its reply will be dropped.
+    Abandoned,
+    /// It had ended already.
+    Ended,
+}
+
+/// A request as a process gets it.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Taken<T> {
+    /// Its number.
+    pub(crate) id: Id,
+    /// Whether a process took it before.
+    pub(crate) replay: bool,
+    /// What the client put in.
+    pub(crate) payload: T,
+}
+
+/// Requests in flight, as many at a time as `S` has places.
+///
+/// # Invariants
+///
+/// - The list from `head` over `next` holds exactly the queued entries, by ascending id.
+/// - `tail` is its last entry, `queued` its length, `taken` the number of the other entries.
+/// - An entry's id names the place where the entry is.
+pub(crate) struct Queue<T, S> {
+    entries: S,
+    head: Option<u16>,
+    tail: Option<u16>,
+    queued: u32,
+    taken: u32,
+    sequence: u64,
+    payload: PhantomData<T>,
+}
+
+impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
+    /// Makes an empty queue of the places in `entries`, at most 2^16, which must all be `None`.
+    pub(crate) fn new(entries: S) -> Self {
+        Self {
+            entries,
+            head: None,
+            tail: None,
+            queued: 0,
+            taken: 0,
+            sequence: 0,
+            payload: PhantomData,
+        }
+    }
+
+    /// Requests waiting to be taken.
+    pub(crate) fn queued(&self) -> u32 {
+        self.queued
+    }
+
+    /// Requests taken and not answered, those nobody waits for included.
+    pub(crate) fn taken(&self) -> u32 {
+        self.taken
+    }
+
+    /// The payload of the request that was queued last, unless it was taken since.
+    pub(crate) fn last_queued(&self) -> Option<&T> {
+        let entry = self.entries[self.tail? as usize].as_ref()?;
+        Some(&entry.payload)
+    }
+
+    /// Queues a request behind all others; `None` if no place is free.
+    pub(crate) fn push(&mut self, payload: T) -> Option<Id> {
+        let index = self.entries.iter().position(Option::is_none)?;
+        let place = u16::try_from(index).ok()?;
+        self.sequence += 1;
+        let id = Id::new(self.sequence, place);
+        self.entries[index] = Some(Entry {
+            id,
+            state: State::Queued,
+            replay: false,
+            next: None,
+            payload,
+        });
+        self.insert(place);
+        Some(id)
+    }
+
+    /// Gives the oldest queued request to `holder`.
+    pub(crate) fn take(&mut self, holder: Holder) -> Option<Taken<T>> {
+        let place = self.head?;
+        let entry = self.entries[place as usize].as_mut()?;
+        self.head = entry.next.take();
+        entry.state = State::Taken(holder);
+        let taken = Taken {
+            id: entry.id,
+            replay: entry.replay,
+            payload: entry.payload.clone(),
+        };
+        if self.head.is_none() {
+            self.tail = None;
+        }
+        self.queued -= 1;
+        self.taken += 1;
+        Some(taken)
+    }
+
+    /// Puts a taken request back as if it had never been taken: the taker could not be told of it.
+    pub(crate) fn untake(&mut self, id: Id) -> bool {
+        let Some(entry) = self.entry(id) else {
+            return false;
+        };
+        match entry.state {
+            State::Queued => false,
+            State::Taken(_) => {
+                entry.state = State::Queued;
+                self.taken -= 1;
+                self.insert(id.index() as u16);
+                true
+            }
+            State::Abandoned(_) => {
+                self.remove(id);
+                true
+            }
+        }
+    }
+
+    /// Ends a request with the reply of its holder, and hands its payload back.
+    pub(crate) fn reply(&mut self, id: Id, holder: Holder) -> Result<T, ReplyError> {
+        let entry = self.entry(id).ok_or(ReplyError::Unknown)?;
+        let (held_by, abandoned) = match entry.state {
+            State::Queued => return Err(ReplyError::NotTaken),
+            State::Taken(holder) => (holder, false),
+            State::Abandoned(holder) => (holder, true),
+        };
+        if held_by.owner != holder.owner {
+            return Err(ReplyError::OtherOwner);
+        }
+        if held_by.slot != holder.slot {
+            return Err(ReplyError::OtherSlot);
+        }
+        let payload = self.remove(id).ok_or(ReplyError::Unknown)?;
+        if abandoned {
+            return Err(ReplyError::Abandoned);
+        }
+        Ok(payload)
+    }
+
+    /// Says that the client of a request no longer waits for it.
+    pub(crate) fn withdraw(&mut self, id: Id) -> Withdrawn<T> {
+        let Some(entry) = self.entry(id) else {
+            return Withdrawn::Ended;
+        };
+        match entry.state {
+            State::Taken(holder) | State::Abandoned(holder) => {
+                entry.state = State::Abandoned(holder);
+                Withdrawn::Abandoned
+            }
+            State::Queued => match self.remove(id) {
+                Some(payload) => Withdrawn::Removed(payload),
+                None => Withdrawn::Ended,
+            },
+        }
+    }
+
+    /// Puts back what `owner` took, each request in its original place and marked as a replay;
+    /// those nobody waits for end. Returns how many were put back.
+    pub(crate) fn owner_gone(&mut self, owner: u64) -> u32 {
+        let mut replays = 0;
+        for index in 0..self.entries.len() {
+            let Some(entry) = self.entries[index].as_mut() else {
+                continue;
+            };
+            match entry.state {
+                State::Taken(holder) if holder.owner == owner => {
+                    entry.state = State::Queued;
+                    entry.replay = true;
+                    self.taken -= 1;
+                    self.insert(index as u16);
+                    replays += 1;
+                }
+                State::Abandoned(holder) if holder.owner == owner => {
+                    let id = entry.id;
+                    self.remove(id);
+                }
+                _ => {}
+            }
+        }
+        replays
+    }
+
+    /// Ends the oldest request, whatever its state, and hands its payload back.
+    pub(crate) fn pop(&mut self) -> Option<T> {
+        let id = self.entries.iter().flatten().map(|entry| entry.id).min()?;
+        self.remove(id)
+    }
+
+    fn entry(&mut self, id: Id) -> Option<&mut Entry<T>> {
+        self.entries
+            .get_mut(id.index())?
+            .as_mut()
+            .filter(|entry| entry.id == id)
+    }
+
+    /// Links the queued entry at `place` into the list, by its id.
+    fn insert(&mut self, place: u16) {
+        let Some(id) = self.entries[place as usize].as_ref().map(|entry| entry.id) else {
+            return;
+        };
+        let mut before = None;
+        // A new request is the youngest: it goes behind the tail without a walk.
+        match self.tail {
+            Some(tail) if self.id_at(tail) < Some(id) => before = Some(tail),
+            _ => {
+                let mut at = self.head;
+                while let Some(current) = at {
+                    if self.id_at(current) > Some(id) {
+                        break;
+                    }
+                    before = Some(current);
+                    at = self.next_of(current);
+                }
+            }
+        }
+        let after = match before {
+            Some(before) => self.next_of(before),
+            None => self.head,
+        };
+        self.set_next(place, after);
+        match before {
+            Some(before) => self.set_next(before, Some(place)),
+            None => self.head = Some(place),
+        }
+        if after.is_none() {
+            self.tail = Some(place);
+        }
+        self.queued += 1;
+    }
+
+    /// Unlinks an entry if it is queued, and frees its place.
+    fn remove(&mut self, id: Id) -> Option<T> {
+        let state = self.entry(id)?.state;
+        let place = id.index() as u16;
+        if state == State::Queued {
+            let after = self.next_of(place);
+            let mut before = None;
+            let mut at = self.head;
+            while let Some(current) = at {
+                if current == place {
+                    break;
+                }
+                before = Some(current);
+                at = self.next_of(current);
+            }
+            match before {
+                Some(before) => self.set_next(before, after),
+                None => self.head = after,
+            }
+            if self.tail == Some(place) {
+                self.tail = before;
+            }
+            self.queued -= 1;
+        } else {
+            self.taken -= 1;
+        }
+        self.entries[id.index()].take().map(|entry| entry.payload)
+    }
+
+    fn id_at(&self, place: u16) -> Option<Id> {
+        self.entries[place as usize].as_ref().map(|entry| entry.id)
+    }
+
+    fn next_of(&self, place: u16) -> Option<u16> {
+        self.entries[place as usize].as_ref()?.next
+    }
+
+    fn set_next(&mut self, place: u16, next: Option<u16>) {
+        if let Some(entry) = self.entries[place as usize].as_mut() {
+            entry.next = next;
+        }
+    }
+}

@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What bindgen makes bindings of: the kernel's headers, and C for what it can't express
+ * (static inlines, function-like macros, constants that are casts).
+ */
+#ifndef MUSER_HELPERS_H
+#define MUSER_HELPERS_H
+
+#include <linux/cdev.h>
+#include <linux/completion.h>
+#include <linux/device.h>
+#include <linux/eventfd.h>
+#include <linux/idr.h>
+#include <linux/mdev.h>
+#include <linux/mm.h>
+#include <linux/poll.h>
+#include <linux/sched.h>
+#include <linux/vfio.h>
+#include <linux/wait.h>
+
+struct mem_cgroup;
+
+enum muser_constants {
+	MUSER_TASK_INTERRUPTIBLE = TASK_INTERRUPTIBLE,
+	MUSER_TASK_KILLABLE = TASK_KILLABLE,
+};
+
+/* vfio */
+void muser_vfio_put_device(struct vfio_device *vdev);
+
+/* device memory: pages charged to a memory cgroup */
+struct mem_cgroup *muser_memcg_of_current(void);
+void muser_memcg_put(struct mem_cgroup *memcg);
+struct page *muser_alloc_page(struct mem_cgroup *memcg);
+void muser_get_page(struct page *page);
+void muser_put_page(struct page *page);
+void *muser_page_address(struct page *page);
+
+/* memory shared with a process */
+void *muser_alloc_shared(size_t size);
+void muser_free_shared(void *memory);
+int muser_map_shared(struct vm_area_struct *vma, void *memory, size_t size);
+
+/* waiting */
+bool muser_fatal_signal_pending(void);
+u64 muser_jiffies(void);
+
+/* the character device */
+void *muser_inode_cdev(struct inode *inode);
+void muser_ida_init(struct ida *ida);
+kuid_t muser_current_fsuid(void);
+kgid_t muser_current_fsgid(void);
+char *muser_devnode_name(const struct device *dev);
+u32 muser_pid_in_current_ns(struct task_struct *task);
+
+/* fields of struct vm_fault that lie in anonymous structs */
+struct vm_area_struct *muser_fault_vma(struct vm_fault *vmf);
+unsigned long muser_fault_pgoff(struct vm_fault *vmf);
+unsigned long muser_vma_pgoff(struct vm_area_struct *vma);
+
+#endif

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Safe abstractions over the parts of the kernel which the kernel crate has none for.
+//!
+//! All `unsafe` of the module is in this folder; `driver/` is built on it and has none. One file per
+//! C concept, each in the manner of `rust/kernel/fwctl.rs`: the type, its trait, and the private
+//! table of C callbacks last.
+
+mod bindings;
+
+pub(crate) mod chrdev;
+pub(crate) mod class;
+pub(crate) mod device;
+pub(crate) mod errno;
+pub(crate) mod eventfd;
+pub(crate) mod irq_set;
+pub(crate) mod mdev;
+pub(crate) mod page;
+pub(crate) mod process;
+pub(crate) mod shared;
+pub(crate) mod sysfs;
+pub(crate) mod vm;
+pub(crate) mod wait;

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Numbers in sysfs, beside a device.
+//!
+//! C header: `include/linux/device.h`, `struct device_attribute`.
+
+use super::{bindings, mdev};
+use core::marker::PhantomData;
+use kernel::{
+    prelude::*,
+};
+
+/// A number of a device, read and written as text.
+pub(crate) trait Attribute<D>: 'static {
+    /// Name of the file.
+    const NAME: &'static CStr;
+
+    /// The number.
+    fn show(device: &D) -> u64;
+
+    /// Takes a new one.
+    fn store(device: &D, value: u64) -> Result;
+}
+
+/// The C struct for attribute `A` of the devices of mdev driver `D`.
+pub(crate) struct File<D, A>(PhantomData<(D, A)>);
+
+impl<D: mdev::Driver, A: Attribute<D>> File<D, A> {
+    /// What an attribute group lists.
+    pub(crate) const ATTRIBUTE: *const bindings::attribute = &raw const Self::C.attr;
+
+    const C: &'static bindings::device_attribute = &bindings::device_attribute {
+        attr: bindings::attribute {
+            name: A::NAME.as_ptr().cast(),
+            mode: 0o644,
+            ..pin_init::zeroed()
+        },
+        __bindgen_anon_1: bindings::device_attribute__bindgen_ty_1 {
+            show: Some(Self::show),
+        },
+        __bindgen_anon_2: bindings::device_attribute__bindgen_ty_2 {
+            store: Some(Self::store),
+        },
+    };
+
+    unsafe extern "C" fn show(
+        device: *mut bindings::device,
+        _attribute: *mut bindings::device_attribute,
+        buffer: *mut c_char,
+    ) -> isize {
+        // SAFETY: The file exists only while the device is bound to `D`.
+        let data = unsafe { mdev::data::<D>(device) };
+        // SAFETY: `buffer` is a page, as `sysfs_emit` wants it.
+        (unsafe { bindings::sysfs_emit(buffer, c"%llu\n".as_char_ptr(), A::show(data)) }) as isize
+    }
+
+    unsafe extern "C" fn store(
+        device: *mut bindings::device,
+        _attribute: *mut bindings::device_attribute,
+        buffer: *const c_char,
+        count: usize,
+    ) -> isize {
+        // SAFETY: The file exists only while the device is bound to `D`.
+        let data = unsafe { mdev::data::<D>(device) };
+        let mut value = 0;
+        // SAFETY: sysfs terminates the buffer with a NUL.
+        let result = kernel::error::to_result(unsafe {
+            bindings::kstrtoull(buffer, 0, &raw mut value)
+        })
+        .and_then(|()| A::store(data, value));
+        match result {
+            Ok(()) => count as isize,
+            Err(error) => error.to_errno() as isize,
+        }
+    }
+}
