@@ -11,8 +11,17 @@ use crate::{
     uapi::*,
     vfio::{
         device::{
-            self, Info, IrqInfo, RegionInfo, FLAGS_PCI, FLAGS_PLATFORM, FLAGS_RESET, PCI_REQ_IRQ,
-            REGION_MMAP, REGION_READ, REGION_WRITE, //
+            self,
+            Info,
+            IrqInfo,
+            RegionInfo,
+            FLAGS_PCI,
+            FLAGS_PLATFORM,
+            FLAGS_RESET,
+            PCI_REQ_IRQ,
+            REGION_MMAP,
+            REGION_READ,
+            REGION_WRITE, //
         },
         irq_set::IrqSet,
         page::PAGE_SIZE,
@@ -134,7 +143,10 @@ impl device::Operations for Device {
         // request it finds it as the last one left it.
         match Request::reset(true) {
             Ok(request) => self.perform_later(&request),
-            Err(_) => pr_warn!("{}: no memory to reset the device after its client\n", self.name()),
+            Err(_) => pr_warn!(
+                "{}: no memory to reset the device after its client\n",
+                self.name()
+            ),
         }
     }
 
@@ -151,11 +163,7 @@ impl device::Operations for Device {
         })
     }
 
-    fn region_info(
-        &self,
-        index: u32,
-        answer: &mut dyn FnMut(RegionInfo<'_>) -> Result,
-    ) -> Result {
+    fn region_info(&self, index: u32, answer: &mut dyn FnMut(RegionInfo<'_>) -> Result) -> Result {
         let arrays = self.described()?.arrays();
         if index >= arrays.visible_regions() {
             return Err(EINVAL);
@@ -235,7 +243,10 @@ impl device::Operations for Device {
             .described()
             .and_then(|described| described.irqs.trigger(&trigger));
         if count == 0 && !matches!(asked, Ok(1)) {
-            pr_info!("{}: its client can't be asked to close it; waiting\n", self.name());
+            pr_info!(
+                "{}: its client can't be asked to close it; waiting\n",
+                self.name()
+            );
         }
     }
 

@@ -19,7 +19,10 @@ impl Fault {
     /// A fault of element `index`.
     pub(crate) const fn new(code: u32, index: usize) -> Self {
         // Every array is at most 256 long when its elements are looked at.
-        Self { code, index: index as u32 }
+        Self {
+            code,
+            index: index as u32,
+        }
     }
 }
 
@@ -149,10 +152,8 @@ impl<'a> Arrays<'a> {
                 return Err(Fault::new(MUSER_FAULT_IRQ_INDEX, i));
             }
             lowest = irq.index + 1;
-            let known = MUSER_IRQ_EVENTFD
-                | MUSER_IRQ_MASKABLE
-                | MUSER_IRQ_AUTOMASKED
-                | MUSER_IRQ_NORESIZE;
+            let known =
+                MUSER_IRQ_EVENTFD | MUSER_IRQ_MASKABLE | MUSER_IRQ_AUTOMASKED | MUSER_IRQ_NORESIZE;
             let automasked = irq.flags & MUSER_IRQ_AUTOMASKED != 0;
             let maskable = irq.flags & MUSER_IRQ_MASKABLE != 0;
             if irq.flags & !known != 0 || irq.reserved != 0 || (automasked && !maskable) {

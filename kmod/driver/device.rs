@@ -329,7 +329,9 @@ impl Device {
     /// device is removed.
     pub(crate) fn perform(&self, request: &Arc<Request>) -> Result {
         let start = Moment::now();
-        let queued = self.room.wait(Signals::Fatal, Timeout::NEVER, || self.queue(request));
+        let queued = self
+            .room
+            .wait(Signals::Fatal, Timeout::NEVER, || self.queue(request));
         let id = match queued {
             Woken::Ready(id) => id?,
             Woken::TimedOut | Woken::Signal => return Err(EINTR),
@@ -363,11 +365,17 @@ impl Device {
         let kind = request.kind();
         let queued = {
             let mut state = self.state.lock();
-            let doubled = state.requests.last_queued().is_some_and(|last| last.kind() == kind);
+            let doubled = state
+                .requests
+                .last_queued()
+                .is_some_and(|last| last.kind() == kind);
             state.removed || doubled || state.requests.push(request.clone()).is_some()
         };
         if !queued && self.complaints.is_first(Complaint::Full) {
-            pr_warn!("{}: too many requests in flight to reset the device\n", self.name());
+            pr_warn!(
+                "{}: too many requests in flight to reset the device\n",
+                self.name()
+            );
         }
         self.takers.wake_one();
     }
@@ -426,7 +434,11 @@ impl Device {
         // Abandoned requests ended, too.
         self.room.wake_all();
         if replays > 0 {
-            pr_info!("{}: the process is gone, {} requests wait for the next\n", self.name(), replays);
+            pr_info!(
+                "{}: the process is gone, {} requests wait for the next\n",
+                self.name(),
+                replays
+            );
         }
     }
 

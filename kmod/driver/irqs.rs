@@ -194,7 +194,11 @@ impl Irqs {
         // All or none: every descriptor is looked up before the first one takes effect.
         let mut triggers = KVec::with_capacity(fds.len(), GFP_KERNEL_ACCOUNT)?;
         for &fd in fds {
-            let trigger = if fd == -1 { None } else { Some(EventFd::from_fd(fd)?) };
+            let trigger = if fd == -1 {
+                None
+            } else {
+                Some(EventFd::from_fd(fd)?)
+            };
             triggers.push(trigger, GFP_KERNEL_ACCOUNT)?;
         }
         let mut vectors = index.vectors.lock();
@@ -226,7 +230,11 @@ impl Irqs {
                 vector,
                 action,
             };
-            let gate = if fd == -1 { None } else { Some(Listener::new(fd, gate())?) };
+            let gate = if fd == -1 {
+                None
+            } else {
+                Some(Listener::new(fd, gate())?)
+            };
             gates.push(gate, GFP_KERNEL_ACCOUNT)?;
         }
         let mut vectors = index.vectors.lock();
@@ -271,9 +279,12 @@ impl Irqs {
 
     /// Writes to the status page how many vectors of an index are enabled.
     fn tell(&self, index: &Index, vectors: &[Vector]) {
-        let enabled = vectors.iter().filter(|vector| vector.trigger.is_some()).count();
-        let offset = offset_of!(muser_status, irq_enabled)
-            + index.irq.index as usize * size_of::<u32>();
+        let enabled = vectors
+            .iter()
+            .filter(|vector| vector.trigger.is_some())
+            .count();
+        let offset =
+            offset_of!(muser_status, irq_enabled) + index.irq.index as usize * size_of::<u32>();
         // The page holds the whole struct, so this can't fail.
         let _ = self.status.store(offset, enabled as u32);
     }

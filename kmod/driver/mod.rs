@@ -104,7 +104,6 @@ impl Drop for HangUp {
 impl mdev::Driver for Mdev {
     type Context = Context;
 
-    const ATTRIBUTES_DIRECTORY: &'static CStr = c"muser";
     const ATTRIBUTES: &'static [*const kernel::bindings::attribute] = &[
         File::<Self, ReattachTimeout>::ATTRIBUTE,
         File::<Self, MaxMemory>::ATTRIBUTE,

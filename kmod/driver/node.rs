@@ -56,7 +56,9 @@ pub(crate) struct Attached {
 pub(crate) trait Argument: FromBytes + IntoBytes + Immutable + Default {
     /// Reads it, by the rules of the ABI for longer and shorter ones.
     fn read(from: UserPtr) -> Result<Self> {
-        let size = UserSlice::new(from, size_of::<u32>()).reader().read::<u32>()? as usize;
+        let size = UserSlice::new(from, size_of::<u32>())
+            .reader()
+            .read::<u32>()? as usize;
         if size < size_of::<Self>() {
             return Err(EINVAL);
         }
@@ -76,7 +78,9 @@ pub(crate) trait Argument: FromBytes + IntoBytes + Immutable + Default {
 
     /// Writes it back.
     fn write(&self, to: UserPtr) -> Result {
-        UserSlice::new(to, size_of::<Self>()).writer().write_slice(self.as_bytes())
+        UserSlice::new(to, size_of::<Self>())
+            .writer()
+            .write_slice(self.as_bytes())
     }
 }
 
@@ -196,11 +200,7 @@ impl NodeFile {
         Ok(())
     }
 
-    fn take(
-        &self,
-        attached: &Attached,
-        timeout: Timeout,
-    ) -> Result<(u32, Taken<Arc<Request>>)> {
+    fn take(&self, attached: &Attached, timeout: Timeout) -> Result<(u32, Taken<Arc<Request>>)> {
         let taken = self.device.takers.wait(Signals::Any, timeout, || {
             let mut state = self.device.state.lock();
             if state.removed {
@@ -284,9 +284,8 @@ impl NodeFile {
         // or what the process makes of them.
         if let Ok(request) = &request {
             if head.result == 0 {
-                request.with_read(|data| {
-                    attached.slots.read(start + size_of::<muser_slot>(), data)
-                })?;
+                request
+                    .with_read(|data| attached.slots.read(start + size_of::<muser_slot>(), data))?;
             }
         }
         let waiting = {

@@ -165,7 +165,8 @@ impl<O: Operations> Node<O> {
         .inspect_err(|_| numbers.free_minor(minor))?;
         let inner = KBox::into_raw(inner);
         // SAFETY: `inner` was just leaked; from here on it belongs to its `device`.
-        let (cdev, device) = unsafe { (addr_of_mut!((*inner).cdev), addr_of_mut!((*inner).device)) };
+        let (cdev, device) =
+            unsafe { (addr_of_mut!((*inner).cdev), addr_of_mut!((*inner).device)) };
         // SAFETY: The device is zeroed, and not initialised twice.
         unsafe { bindings::device_initialize(device) };
         // SAFETY: The device is not registered yet, so that nobody reads it.
@@ -203,7 +204,9 @@ impl<O: Operations> Drop for Node<O> {
     fn drop(&mut self) {
         let inner = self.0.as_ptr();
         // SAFETY: By the invariant.
-        unsafe { bindings::cdev_device_del(addr_of_mut!((*inner).cdev), addr_of_mut!((*inner).device)) };
+        unsafe {
+            bindings::cdev_device_del(addr_of_mut!((*inner).cdev), addr_of_mut!((*inner).device))
+        };
         // SAFETY: By the invariant. Open files hold references of their own, through the cdev.
         unsafe { bindings::put_device(addr_of_mut!((*inner).device)) };
     }
@@ -213,7 +216,7 @@ struct VTable<O>(PhantomData<O>);
 
 impl<O: Operations> VTable<O> {
     const DEVICE_TYPE: &'static bindings::device_type = &bindings::device_type {
-        name: c"muser".as_ptr().cast(),
+        name: super::char_ptr(c"muser"),
         devnode: Some(Self::devnode),
         release: Some(Self::release_device),
         ..pin_init::zeroed()
@@ -240,6 +243,9 @@ impl<O: Operations> VTable<O> {
             .cast()
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `devnode` of `struct device_type`.
     unsafe extern "C" fn devnode(
         device: *const bindings::device,
         mode: *mut bindings::umode_t,
@@ -264,12 +270,18 @@ impl<O: Operations> VTable<O> {
         unsafe { bindings::muser_devnode_name(device) }
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `release` of `struct device_type`.
     unsafe extern "C" fn release_device(device: *mut bindings::device) {
         // SAFETY: Only devices of this type come here, each a leaked box; the last reference is gone.
         let inner = unsafe { KBox::from_raw(Self::inner(device)) };
         inner.numbers.free_minor(inner.minor);
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `open` of `struct file_operations`.
     unsafe extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
         const { assert!(offset_of!(Inner<O>, cdev) == 0) };
         // SAFETY: The inode is that of a cdev of this type, which is the head of its `Inner`.
@@ -286,12 +298,18 @@ impl<O: Operations> VTable<O> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `release` of `struct file_operations`.
     unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
         // SAFETY: `open` put the box there, and this is the file's last use.
         drop(unsafe { <Pin<KBox<O>>>::from_foreign((*file).private_data) });
         0
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `ioctl` of `struct file_operations`.
     unsafe extern "C" fn ioctl(
         file: *mut bindings::file,
         command: c_uint,
@@ -302,12 +320,15 @@ impl<O: Operations> VTable<O> {
         // SAFETY: The caller holds a reference, and nobody has an `fdget_pos` of this type's files:
         // they have no position.
         let file = unsafe { File::from_raw_file(file) };
-        match state.ioctl(file, command, UserPtr::from_addr(argument as usize)) {
+        match state.ioctl(file, command, UserPtr::from_addr(argument)) {
             Ok(value) => value as c_long,
             Err(error) => error.to_errno() as c_long,
         }
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `mmap` of `struct file_operations`.
     unsafe extern "C" fn mmap(
         file: *mut bindings::file,
         vma: *mut bindings::vm_area_struct,
@@ -321,6 +342,9 @@ impl<O: Operations> VTable<O> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `poll` of `struct file_operations`.
     unsafe extern "C" fn poll(
         file: *mut bindings::file,
         table: *mut bindings::poll_table_struct,

@@ -5,10 +5,7 @@
 
 use super::bindings;
 use core::ptr::NonNull;
-use kernel::{
-    error::from_err_ptr,
-    prelude::*,
-};
+use kernel::{error::from_err_ptr, prelude::*};
 
 /// A registered class.
 ///

@@ -90,11 +90,7 @@ pub(crate) trait Operations: Send + Sync + 'static {
     /// Answers `VFIO_DEVICE_GET_INFO`.
     fn info(&self) -> Result<Info>;
     /// Answers `VFIO_DEVICE_GET_REGION_INFO`, through `answer`.
-    fn region_info(
-        &self,
-        index: u32,
-        answer: &mut dyn FnMut(RegionInfo<'_>) -> Result,
-    ) -> Result;
+    fn region_info(&self, index: u32, answer: &mut dyn FnMut(RegionInfo<'_>) -> Result) -> Result;
     /// Answers `VFIO_DEVICE_GET_IRQ_INFO`.
     fn irq_info(&self, index: u32) -> Result<IrqInfo>;
     /// Performs `VFIO_DEVICE_SET_IRQS`.
@@ -247,7 +243,7 @@ struct VTable<T>(PhantomData<T>);
 
 impl<T: Operations> VTable<T> {
     const OPS: &'static bindings::vfio_device_ops = &bindings::vfio_device_ops {
-        name: T::NAME.as_ptr().cast_mut().cast(),
+        name: super::char_ptr(T::NAME).cast_mut(),
         release: Some(Self::release),
         #[cfg(CONFIG_IOMMUFD)]
         bind_iommufd: Some(bindings::vfio_iommufd_emulated_bind),
@@ -279,15 +275,20 @@ impl<T: Operations> VTable<T> {
         unsafe { <Arc<T>>::borrow(operations) }
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `release` of `struct vfio_device_ops`.
     unsafe extern "C" fn release(vdev: *mut bindings::vfio_device) {
         // SAFETY: The last reference is gone, so nobody uses the operations.
-        let operations = unsafe {
-            core::mem::replace(&mut (*vdev.cast::<Inner<T>>()).operations, null_mut())
-        };
+        let operations =
+            unsafe { core::mem::replace(&mut (*vdev.cast::<Inner<T>>()).operations, null_mut()) };
         // SAFETY: Null, or from `into_foreign`.
         drop(unsafe { <Arc<T>>::try_from_foreign(operations) });
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `open` of `struct vfio_device_ops`.
     unsafe extern "C" fn open(vdev: *mut bindings::vfio_device) -> c_int {
         // SAFETY: The core only passes registered devices of this type; likewise below.
         match unsafe { Self::operations(vdev) }.open() {
@@ -296,11 +297,17 @@ impl<T: Operations> VTable<T> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `close` of `struct vfio_device_ops`.
     unsafe extern "C" fn close(vdev: *mut bindings::vfio_device) {
         // SAFETY: As in `open`.
         unsafe { Self::operations(vdev) }.close();
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `read` of `struct vfio_device_ops`.
     unsafe extern "C" fn read(
         vdev: *mut bindings::vfio_device,
         buffer: *mut c_char,
@@ -314,6 +321,9 @@ impl<T: Operations> VTable<T> {
         })
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `write` of `struct vfio_device_ops`.
     unsafe extern "C" fn write(
         vdev: *mut bindings::vfio_device,
         buffer: *const c_char,
@@ -327,6 +337,9 @@ impl<T: Operations> VTable<T> {
         })
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `ioctl` of `struct vfio_device_ops`.
     unsafe extern "C" fn ioctl(
         vdev: *mut bindings::vfio_device,
         command: c_uint,
@@ -334,12 +347,15 @@ impl<T: Operations> VTable<T> {
     ) -> c_long {
         // SAFETY: As in `open`.
         let operations = unsafe { Self::operations(vdev) };
-        match ioctl(&*operations, command, UserPtr::from_addr(argument as usize)) {
+        match ioctl(&*operations, command, UserPtr::from_addr(argument)) {
             Ok(()) => 0,
             Err(error) => error.to_errno() as c_long,
         }
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `region_info` of `struct vfio_device_ops`.
     unsafe extern "C" fn region_info(
         vdev: *mut bindings::vfio_device,
         info: *mut bindings::vfio_region_info,
@@ -365,6 +381,9 @@ impl<T: Operations> VTable<T> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `mmap` of `struct vfio_device_ops`.
     unsafe extern "C" fn mmap(
         vdev: *mut bindings::vfio_device,
         vma: *mut bindings::vm_area_struct,
@@ -378,11 +397,17 @@ impl<T: Operations> VTable<T> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `request` of `struct vfio_device_ops`.
     unsafe extern "C" fn request(vdev: *mut bindings::vfio_device, count: c_uint) {
         // SAFETY: As in `open`.
         unsafe { Self::operations(vdev) }.request(count);
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `dma_unmap` of `struct vfio_device_ops`.
     unsafe extern "C" fn dma_unmap(vdev: *mut bindings::vfio_device, iova: u64, len: u64) {
         // SAFETY: As in `open`.
         unsafe { Self::operations(vdev) }.dma_unmap(iova, len);
@@ -390,10 +415,7 @@ impl<T: Operations> VTable<T> {
 }
 
 /// Performs a read or write at `*position`, and moves it behind what was done.
-fn transfer(
-    position: *mut bindings::loff_t,
-    perform: impl FnOnce(u64) -> Result<usize>,
-) -> isize {
+fn transfer(position: *mut bindings::loff_t, perform: impl FnOnce(u64) -> Result<usize>) -> isize {
     // SAFETY: The core passes a valid position.
     let at = unsafe { *position };
     let Ok(at) = u64::try_from(at) else {

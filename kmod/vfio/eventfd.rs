@@ -132,6 +132,9 @@ impl<T: Signalled> PinnedDrop for Inner<T> {
     }
 }
 
+/// # Safety
+///
+/// Only for the C core, as `thread` of `struct virqfd`.
 #[cfg(CONFIG_VFIO_VIRQFD)]
 unsafe extern "C" fn signalled<T: Signalled>(opaque: *mut c_void, _data: *mut c_void) {
     // SAFETY: `opaque` is the `Inner<T>` given to `vfio_virqfd_enable`, which is alive until

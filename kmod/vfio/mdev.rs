@@ -20,8 +20,6 @@ pub(crate) trait Driver: Sized + Send + Sync + 'static {
     /// What all devices of a type share.
     type Context: Send + Sync + 'static;
 
-    /// Directory of the attributes below the device's.
-    const ATTRIBUTES_DIRECTORY: &'static CStr;
     /// `vfio::sysfs::File::ATTRIBUTE` of each attribute, and null.
     const ATTRIBUTES: &'static [*const bindings::attribute];
 
@@ -166,7 +164,6 @@ impl<D: Driver> Registration<D> {
         let description = inner.description;
         // SAFETY: Nobody else knows of these structs yet; likewise below.
         let group = unsafe { &mut *inner.group.get() };
-        group.name = D::ATTRIBUTES_DIRECTORY.as_char_ptr();
         group.__bindgen_anon_2.attrs = D::ATTRIBUTES.as_ptr().cast_mut().cast();
         // SAFETY: As above.
         unsafe { *inner.groups.get() = [inner.group.get(), core::ptr::null()] };
@@ -227,6 +224,9 @@ impl<F: FnOnce()> Drop for Undo<F> {
 struct VTable<D>(PhantomData<D>);
 
 impl<D: Driver> VTable<D> {
+    /// # Safety
+    ///
+    /// Only for the C core, as `probe` of `struct mdev_driver`.
     unsafe extern "C" fn probe(mdev: *mut bindings::mdev_device) -> c_int {
         // INVARIANT: The core passes a valid device.
         let device = Device(mdev);
@@ -248,18 +248,28 @@ impl<D: Driver> VTable<D> {
         }
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `remove` of `struct mdev_driver`.
     unsafe extern "C" fn remove(mdev: *mut bindings::mdev_device) {
         // SAFETY: `probe` put the box there, and the device is being unbound.
         drop(unsafe { <Pin<KBox<D>>>::from_foreign((*mdev).dev.driver_data) });
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `show_description` of `struct mdev_driver`.
     unsafe extern "C" fn show_description(
         mdev_type: *mut bindings::mdev_type,
         buffer: *mut c_char,
     ) -> isize {
         // SAFETY: The type is the field of an `Inner<D>`.
         let inner = unsafe {
-            &*container_of!(Opaque::cast_from(mdev_type.cast_const()), Inner<D>, mdev_type)
+            &*container_of!(
+                Opaque::cast_from(mdev_type.cast_const()),
+                Inner<D>,
+                mdev_type
+            )
         };
         let text = inner.description.description.as_char_ptr();
         // SAFETY: `buffer` is a page, as `sysfs_emit` wants it.

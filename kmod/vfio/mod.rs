@@ -20,3 +20,14 @@ pub(crate) mod shared;
 pub(crate) mod sysfs;
 pub(crate) mod vm;
 pub(crate) mod wait;
+
+use kernel::prelude::*;
+
+/// The pointer of a name, for constants.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "`as_char_ptr` does the same cast, but is not const"
+)]
+const fn char_ptr(name: &'static CStr) -> *const c_char {
+    name.as_ptr().cast()
+}

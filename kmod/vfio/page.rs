@@ -93,7 +93,11 @@ impl SharedPage {
         let missed = unsafe { bindings::copy_to_user(to.as_mut_ptr(), from.cast(), len) };
         // Keeps `single` alive up to here.
         let _ = single;
-        if missed == 0 { Ok(()) } else { Err(EFAULT) }
+        if missed == 0 {
+            Ok(())
+        } else {
+            Err(EFAULT)
+        }
     }
 
     /// Copies from a process. An aligned access of 1, 2, 4 or 8 bytes is one store.
@@ -115,7 +119,11 @@ impl SharedPage {
         let missed = unsafe {
             bindings::copy_from_user(self.address(offset).cast(), from.as_const_ptr(), len)
         };
-        if missed == 0 { Ok(()) } else { Err(EFAULT) }
+        if missed == 0 {
+            Ok(())
+        } else {
+            Err(EFAULT)
+        }
     }
 
     fn load(&self, offset: usize, len: usize) -> Option<u64> {

@@ -5,9 +5,7 @@
 
 use super::{bindings, mdev};
 use core::marker::PhantomData;
-use kernel::{
-    prelude::*,
-};
+use kernel::prelude::*;
 
 /// A number of a device, read and written as text.
 pub(crate) trait Attribute<D>: 'static {
@@ -28,9 +26,10 @@ impl<D: mdev::Driver, A: Attribute<D>> File<D, A> {
     /// What an attribute group lists.
     pub(crate) const ATTRIBUTE: *const bindings::attribute = &raw const Self::C.attr;
 
+    #[allow(clippy::needless_update, reason = "lockdep adds fields")]
     const C: &'static bindings::device_attribute = &bindings::device_attribute {
         attr: bindings::attribute {
-            name: A::NAME.as_ptr().cast(),
+            name: super::char_ptr(A::NAME),
             mode: 0o644,
             ..pin_init::zeroed()
         },
@@ -42,6 +41,9 @@ impl<D: mdev::Driver, A: Attribute<D>> File<D, A> {
         },
     };
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `show` of `struct device_attribute`.
     unsafe extern "C" fn show(
         device: *mut bindings::device,
         _attribute: *mut bindings::device_attribute,
@@ -53,6 +55,9 @@ impl<D: mdev::Driver, A: Attribute<D>> File<D, A> {
         (unsafe { bindings::sysfs_emit(buffer, c"%llu\n".as_char_ptr(), A::show(data)) }) as isize
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `store` of `struct device_attribute`.
     unsafe extern "C" fn store(
         device: *mut bindings::device,
         _attribute: *mut bindings::device_attribute,
@@ -63,10 +68,9 @@ impl<D: mdev::Driver, A: Attribute<D>> File<D, A> {
         let data = unsafe { mdev::data::<D>(device) };
         let mut value = 0;
         // SAFETY: sysfs terminates the buffer with a NUL.
-        let result = kernel::error::to_result(unsafe {
-            bindings::kstrtoull(buffer, 0, &raw mut value)
-        })
-        .and_then(|()| A::store(data, value));
+        let result =
+            kernel::error::to_result(unsafe { bindings::kstrtoull(buffer, 0, &raw mut value) })
+                .and_then(|()| A::store(data, value));
         match result {
             Ok(()) => count as isize,
             Err(error) => error.to_errno() as isize,

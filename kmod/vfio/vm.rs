@@ -100,17 +100,27 @@ impl<P: Pager> VTable<P> {
     };
 
     /// A mapping was copied, by fork or by a split: the copy keeps the data alive too.
+    ///
+    /// # Safety
+    ///
+    /// Only for the C core, as `open` of `struct vm_operations_struct`.
     unsafe extern "C" fn open(vma: *mut bindings::vm_area_struct) {
         // SAFETY: `fill` put an `Arc` there, which this mapping's original still holds.
         let data = unsafe { <Arc<P::Data>>::borrow((*vma).vm_private_data) };
         core::mem::forget(Arc::from(data));
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `close` of `struct vm_operations_struct`.
     unsafe extern "C" fn close(vma: *mut bindings::vm_area_struct) {
         // SAFETY: `fill` or `open` made this mapping an owner.
         drop(unsafe { <Arc<P::Data>>::from_foreign((*vma).vm_private_data) });
     }
 
+    /// # Safety
+    ///
+    /// Only for the C core, as `fault` of `struct vm_operations_struct`.
     unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
         // SAFETY: The fault is of a mapping with these operations.
         let vma = unsafe { bindings::muser_fault_vma(vmf) };

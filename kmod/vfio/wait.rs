@@ -227,7 +227,7 @@ impl Completion {
         let left = unsafe {
             bindings::wait_for_completion_killable_timeout(
                 self.inner.get(),
-                timeout.0.unsigned_abs() as _,
+                timeout.0.unsigned_abs(),
             )
         };
         match left {

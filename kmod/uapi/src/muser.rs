@@ -70,8 +70,9 @@ pub const MUSER_REGION_READ: u32 = 1 << 0;
 pub const MUSER_REGION_WRITE: u32 = 1 << 1;
 
 /// One region of a device: a BAR, config space, or a platform device's memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct muser_region {
     /// Index, below [`MUSER_MAX_REGIONS`]; for PCI as `VFIO_PCI_*_REGION_INDEX` in `<linux/vfio.h>`.
@@ -90,8 +91,9 @@ pub struct muser_region {
 pub const MUSER_AREA_MMAP: u32 = 1 << 0;
 
 /// Part of a region which does not behave like the rest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct muser_area {
     /// Offset in the region, a multiple of the page size, not before the end of the area before it.
@@ -116,8 +118,9 @@ pub const MUSER_IRQ_AUTOMASKED: u32 = 1 << 2;
 pub const MUSER_IRQ_NORESIZE: u32 = 1 << 3;
 
 /// One interrupt index of a device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct muser_irq {
     /// Index, below [`MUSER_MAX_IRQ_INDEXES`]; for PCI as `VFIO_PCI_*_IRQ_INDEX`.
@@ -179,8 +182,9 @@ pub const MUSER_FAULT_NO_CONFIG: u32 = 19;
 pub const MUSER_FAULT_MEMORY: u32 = 20;
 
 /// Argument of [`MUSER_ATTACH`]: makes the file the server of its device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct muser_attach {
     /// Bytes of this struct.
@@ -237,8 +241,9 @@ pub const MUSER_REQUEST_CLOSE: u32 = 1 << 1;
 /// Slot `i` lies at `i * slot_stride` of the mapping at [`MUSER_MMAP_SLOTS`]. The module writes a
 /// slot before it hands it out, and reads `id`, `result` and the data of a read when it is replied
 /// to; it trusts nothing else in it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct muser_slot {
     /// Number of the request, never used twice in the life of a device.
@@ -293,8 +298,9 @@ pub const MUSER_NEXT_NONBLOCK: u32 = 1 << 2;
 /// |----------|------------------------------------------------------------------------------|
 /// | `EAGAIN` | no request is there, or no slot is free, and the call may not wait           |
 /// | `EINTR`  | a signal came (the call restarts by itself where the handler allows it)      |
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct muser_next {
     /// Bytes of this struct.
@@ -324,8 +330,9 @@ pub const MUSER_TRIGGER_LOWER: u32 = 1 << 0;
 ///
 /// `ENXIO`: no such interrupt index. `ENOSPC`: a vector beyond the index's count.
 /// `EOPNOTSUPP`: `MUSER_TRIGGER_LOWER` for an index which is not level-triggered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct muser_trigger {
     /// Bytes of this struct.
@@ -355,8 +362,9 @@ pub const MUSER_STATE_DESCRIBED: u32 = 1 << 2;
 
 /// What the process can see of its device without a system call: one page, mapped read-only at
 /// [`MUSER_MMAP_STATUS`], written by the module.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct muser_status {
     /// `MUSER_STATE_CLIENT`.
@@ -368,8 +376,9 @@ pub struct muser_status {
 }
 
 /// What a device has done, in [`muser_query`]. Counters start at 0 when the device is created.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct muser_counters {
     /// Reads answered by the process.
@@ -397,8 +406,9 @@ pub struct muser_counters {
 /// Argument of [`MUSER_QUERY`], which any file of the node may call, attached or not.
 ///
 /// Each array is filled up to the number of elements given; the true number is returned.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct muser_query {
     /// Bytes of this struct.
@@ -434,8 +444,9 @@ pub struct muser_query {
 }
 
 /// An interrupt index and its present state, in [`muser_query`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct muser_irq_state {
     /// As described.
