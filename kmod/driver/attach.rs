@@ -156,6 +156,9 @@ impl NodeFile {
             if state.attachment.is_some() {
                 return Err(Fault::new(MUSER_FAULT_ATTACHED, 0).into());
             }
+            if let Some(present) = self.device.described.as_ref() {
+                present.arrays().differs(&described.arrays())?;
+            }
             let owner = state.next_owner;
             state.next_owner += 1;
             state.attachment = Some(Attachment {
@@ -170,17 +173,10 @@ impl NodeFile {
             slots,
             count,
         };
-        // The attachment keeps every other process out from here on. If the description differs it
-        // ends again, before a request could be taken: only this file could, and it is not attached.
-        if let Err(fault) = self.device.describe(described) {
-            self.device.detach(owner);
-            return Err(fault.into());
-        }
-        if !self.attached.populate(attached) {
-            // Another thread attached this very file in the meantime.
-            self.device.detach(owner);
-            return Err(Fault::new(MUSER_FAULT_ATTACHED_SELF, 0).into());
-        }
+        // The attachment keeps every other file out, and other threads of this one: if the device
+        // has no description yet, it is this one that it gets.
+        self.device.described.populate(described);
+        self.attached.populate(attached);
         self.device.counters.attachments.add(1);
         self.device.takers.wake_all();
         Ok(())

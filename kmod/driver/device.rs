@@ -9,7 +9,7 @@
 
 use crate::{
     driver::{
-        description::{Arrays, Fault},
+        description::Arrays,
         irqs::Irqs,
         memory::Memory,
         queue::{Entry, Id, Queue, Withdrawn},
@@ -199,6 +199,8 @@ pub(crate) enum Complaint {
     Timeout,
     /// There is no room for another request.
     Full,
+    /// A process went away before it had answered everything.
+    Gone,
 }
 
 impl Complaints {
@@ -297,19 +299,6 @@ impl Device {
     /// `ENXIO` if no process has given one yet.
     pub(crate) fn described(&self) -> Result<&Described> {
         self.described.as_ref().ok_or(ENXIO)
-    }
-
-    /// Takes a first description, or compares one with the present one.
-    pub(crate) fn describe(&self, described: Described) -> Result<(), Fault> {
-        if self.described.as_ref().is_none() {
-            self.described.populate(described);
-            return Ok(());
-        }
-        match self.described.as_ref() {
-            Some(present) => present.arrays().differs(&described.arrays()),
-            // Another process is in the middle of describing it: `attach` lets in one at a time.
-            None => Err(Fault::new(MUSER_FAULT_ATTACHED, 0)),
-        }
     }
 
     /// Says that a client opened the device, or that it is gone.
@@ -433,9 +422,9 @@ impl Device {
         self.counters.replays.add(u64::from(replays));
         // Abandoned requests ended, too.
         self.room.wake_all();
-        if replays > 0 {
+        if replays > 0 && self.complaints.is_first(Complaint::Gone) {
             pr_info!(
-                "{}: the process is gone, {} requests wait for the next\n",
+                "{}: the process went away amid {} requests; they wait for the next\n",
                 self.name(),
                 replays
             );

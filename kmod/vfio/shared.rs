@@ -39,7 +39,7 @@ impl SharedMemory {
         })
     }
 
-    /// Maps all of it, from its start; a mapping which is not that long or longer is refused.
+    /// Maps it from its start. A private mapping, and one beyond the end, are refused.
     pub(crate) fn map(&self, vma: &NewVma<'_>) -> Result {
         let len = vma.pages() * PAGE_SIZE;
         if vma.is_private() || len > self.len {

@@ -5,7 +5,10 @@
 
 use super::{bindings, mdev};
 use core::marker::PhantomData;
-use kernel::prelude::*;
+use kernel::{
+    error::to_result,
+    prelude::*, //
+};
 
 /// A number of a device, read and written as text.
 pub(crate) trait Attribute<D>: 'static {
@@ -68,10 +71,8 @@ impl<D: mdev::Driver, A: Attribute<D>> File<D, A> {
         let data = unsafe { mdev::data::<D>(device) };
         let mut value = 0;
         // SAFETY: sysfs terminates the buffer with a NUL.
-        let result =
-            kernel::error::to_result(unsafe { bindings::kstrtoull(buffer, 0, &raw mut value) })
-                .and_then(|()| A::store(data, value));
-        match result {
+        let parsed = unsafe { bindings::kstrtoull(buffer, 0, &raw mut value) };
+        match to_result(parsed).and_then(|()| A::store(data, value)) {
             Ok(()) => count as isize,
             Err(error) => error.to_errno() as isize,
         }
