@@ -108,6 +108,7 @@ impl chrdev::Operations for NodeFile {
             return Err(ENODEV);
         }
         match command {
+            MUSER_ATTACH if !chrdev::is_read_write(file) => Err(EBADF),
             MUSER_ATTACH => self.attach(argument),
             MUSER_NEXT => self.next(file, argument),
             MUSER_TRIGGER => self.trigger(argument),

@@ -13,7 +13,7 @@ use core::{
 };
 use kernel::{
     error::to_result,
-    fs::File,
+    fs::file::{flags, File},
     prelude::*,
     sync::Arc,
     types::{ForeignOwnable, Opaque},
@@ -358,7 +358,12 @@ impl<O: Operations> VTable<O> {
     }
 }
 
+/// Whether a file was opened for reading and writing.
+pub(crate) fn is_read_write(file: &File) -> bool {
+    file.flags() & flags::O_ACCMODE == flags::O_RDWR
+}
+
 /// Whether a file was opened with `O_NONBLOCK`.
 pub(crate) fn is_nonblocking(file: &File) -> bool {
-    file.flags() & kernel::fs::file::flags::O_NONBLOCK != 0
+    file.flags() & flags::O_NONBLOCK != 0
 }

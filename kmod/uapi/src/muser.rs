@@ -475,6 +475,8 @@ const fn io(nr: u32) -> u32 {
 }
 
 /// Makes the file the server of its device, and describes the device: [`muser_attach`].
+///
+/// `EBADF` if the file is not open for reading and writing; for other errors see `MUSER_FAULT_*`.
 pub const MUSER_ATTACH: u32 = io(0);
 /// Replies to a request and takes the next: [`muser_next`].
 pub const MUSER_NEXT: u32 = io(1);
