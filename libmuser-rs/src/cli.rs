@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The command line that device programs share.
+//!
+//! A program without options of its own calls [`run`]. One that has some puts [`Options`] into its
+//! own [`clap`] parser, with `#[command(flatten)]`, and calls [`Options::serve`].
+//!
+//! # Exit codes
+//!
+//! | code | meaning                                                              |
+//! |------|----------------------------------------------------------------------|
+//! | 0    | the device was removed, or what was asked for was printed            |
+//! | 1    | serving failed                                                       |
+//! | 2    | the command line makes no sense                                      |
+//! | 3    | the device could not be opened or attached to, or can't exist        |
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{Args, Command, FromArgMatches};
+use log::{LevelFilter, Log, Metadata, Record};
+use serde_json::{json, Value};
+
+use crate::device::{Bus, Device};
+use crate::error::Result;
+use crate::model::PciModel;
+use crate::pci::regs::*;
+use crate::region::Region;
+use crate::server::{Ended, Server};
+use crate::transport::kernel::Uuid;
+use crate::transport::KernelTransport;
+
+/// Serving failed.
+const EXIT_FAILED: u8 = 1;
+/// The device could not be opened or attached to, or can't exist.
+const EXIT_UNAVAILABLE: u8 = 3;
+
+/// What `--help` ends with.
+const AFTER_HELP: &str = "\
+To make a device of the kernel's, write a new UUID to `create`, then serve it:
+  echo UUID > /sys/class/mdev_bus/muser/mdev_supported_types/muser-pci/create
+
+Exit codes: 0 the device was removed, 1 serving failed, 2 wrong options,
+3 the device could not be opened or attached to";
+
+/// The options that device programs share.
+#[derive(Clone, Debug, clap::Args)]
+#[non_exhaustive]
+pub struct Options {
+    /// Serve the device with this UUID, as it was written to `create`, by way of muser.ko
+    #[arg(
+        long,
+        value_name = "UUID",
+        required_unless_present = "print_capabilities"
+    )]
+    pub uuid: Option<Uuid>,
+
+    /// Print what the device is and what this program can do, as JSON, and exit
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// Say more: -v what the library does, -vv every request
+    #[arg(short, long, action = clap::ArgAction::Count, conflicts_with = "quiet")]
+    pub verbose: u8,
+
+    /// Say errors only
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// Serves a device as the command line of the process says, to the end.
+///
+/// `name`, `version` and `about` are for `--help` and `--version`; give it
+/// `env!("CARGO_PKG_NAME")` and so on.
+pub fn run<D: Device>(
+    name: &'static str,
+    version: &'static str,
+    about: &'static str,
+    model: Result<PciModel>,
+    device: impl FnOnce(&Bus) -> Result<D>,
+) -> ExitCode {
+    let command = Options::augment_args(Command::new(name).version(version));
+    let matches = command.about(about).after_help(AFTER_HELP).get_matches();
+    match Options::from_arg_matches(&matches) {
+        Ok(options) => options.serve(name, version, model, device),
+        Err(error) => error.exit(),
+    }
+}
+
+impl Options {
+    /// Serves a device as these options say, to the end.
+    pub fn serve<D: Device>(
+        &self,
+        name: &str,
+        version: &str,
+        model: Result<PciModel>,
+        device: impl FnOnce(&Bus) -> Result<D>,
+    ) -> ExitCode {
+        StderrLog::install(self.level());
+        let server = model.and_then(|model| {
+            if self.print_capabilities {
+                let capabilities = capabilities(name, version, &model);
+                writeln!(std::io::stdout(), "{capabilities:#}")?;
+                return Ok(None);
+            }
+            let Some(uuid) = &self.uuid else {
+                return Ok(None);
+            };
+            let server = Server::new(model, KernelTransport::open(uuid)?, device)?;
+            log::info!("{name} serves {uuid}");
+            Ok(Some(server))
+        });
+        let mut server = match server {
+            Ok(Some(server)) => server,
+            Ok(None) => return ExitCode::SUCCESS,
+            Err(error) => {
+                log::error!("{name}: {error}");
+                return EXIT_UNAVAILABLE.into();
+            }
+        };
+        match server.run() {
+            Ok(Ended::Removed) => {
+                log::info!("{name}: the device was removed");
+                ExitCode::SUCCESS
+            }
+            Ok(Ended::Stopped) => ExitCode::SUCCESS,
+            Err(error) => {
+                log::error!("{name}: {error}");
+                EXIT_FAILED.into()
+            }
+        }
+    }
+
+    fn level(&self) -> LevelFilter {
+        match (self.quiet, self.verbose) {
+            (true, _) => LevelFilter::Error,
+            (false, 0) => LevelFilter::Info,
+            (false, 1) => LevelFilter::Debug,
+            (false, _) => LevelFilter::Trace,
+        }
+    }
+}
+
+/// What `--print-capabilities` prints.
+///
+/// Numbers which people write in hexadecimal are strings.
+fn capabilities(name: &str, version: &str, model: &PciModel) -> Value {
+    let config = model.config_space();
+    let hex = |offset| format!("{:#06x}", config.word(offset));
+    let mut class = [0; 3];
+    config.read(PCI_CLASS_PROG.into(), &mut class);
+    let [interface, subclass, base] = class;
+    let regions = model.description().regions.iter().map(|region| {
+        let name = Region::from_index(region.index).map(|region| region.to_string());
+        let area = |area: &crate::Area| json!({ "offset": area.offset, "size": area.size });
+        json!({
+            "index": region.index,
+            "name": name,
+            "size": region.size,
+            "readable": region.readable,
+            "writable": region.writable,
+            "mappable": region.areas.iter().map(area).collect::<Vec<_>>(),
+        })
+    });
+    let irqs =
+        model.description().irqs.iter().map(
+            |irq| json!({ "index": irq.index, "vectors": irq.count, "maskable": irq.maskable }),
+        );
+    json!({
+        "name": name,
+        "version": version,
+        "transports": [{ "name": "kernel", "abi": muser_uapi::MUSER_ABI_VERSION }],
+        "device": {
+            "bus": "pci",
+            "vendor": hex(PCI_VENDOR_ID),
+            "device": hex(PCI_DEVICE_ID),
+            "subsystem_vendor": hex(PCI_SUBSYSTEM_VENDOR_ID),
+            "subsystem_device": hex(PCI_SUBSYSTEM_ID),
+            "class": format!("0x{base:02x}{subclass:02x}{interface:02x}"),
+            "regions": regions.collect::<Vec<_>>(),
+            "interrupts": irqs.collect::<Vec<_>>(),
+        },
+    })
+}
+
+/// A log on standard error: a line each, which starts with the level.
+struct StderrLog;
+
+impl StderrLog {
+    /// Becomes the log of the process, unless the program has one already.
+    fn install(level: LevelFilter) {
+        if log::set_logger(&Self).is_ok() {
+            log::set_max_level(level);
+        }
+    }
+}
+
+impl Log for StderrLog {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if self.enabled(record.metadata()) {
+            let level = record.level().as_str().to_ascii_lowercase();
+            // With standard error closed there is nobody left to tell.
+            let _ = writeln!(std::io::stderr(), "{level}: {}", record.args());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Bar, Msi, PciBuilder};
+
+    fn parse(arguments: &[&str]) -> Result<Options, clap::Error> {
+        let command = Options::augment_args(Command::new("test"));
+        let arguments = std::iter::once(&"test").chain(arguments);
+        Options::from_arg_matches(&command.try_get_matches_from(arguments)?)
+    }
+
+    const UUID: &str = "c9abdcb5-5279-413a-9057-c81d2605ce9c";
+
+    #[test]
+    fn uuid_is_parsed() {
+        let options = parse(&["--uuid", UUID, "-vv"]).unwrap();
+
+        assert_eq!(
+            options.uuid.as_ref().map(Uuid::to_string).as_deref(),
+            Some(UUID)
+        );
+        assert_eq!(options.level(), LevelFilter::Trace);
+    }
+
+    #[test]
+    fn bad_uuid_is_refused_in_words() {
+        let error = parse(&["--uuid", "7"]).unwrap_err();
+
+        assert!(error.to_string().contains("not a UUID"), "{error}");
+    }
+
+    #[test]
+    fn nothing_to_do_is_refused() {
+        assert!(parse(&[]).is_err());
+        assert!(parse(&["--print-capabilities"]).is_ok());
+    }
+
+    #[test]
+    fn loud_and_quiet_exclude_each_other() {
+        assert!(parse(&["--uuid", UUID, "-v", "-q"]).is_err());
+    }
+
+    #[test]
+    fn capabilities_show_the_device() {
+        let builder = PciBuilder::new(0x494f, 0x0dc8)
+            .class(0x11, 0x80, 0)
+            .msi(Msi::new(2));
+        let model = builder.bar(2, Bar::io(8)).build().unwrap();
+
+        let value = capabilities("gpio", "1", &model);
+
+        assert_eq!(value["device"]["vendor"], "0x494f");
+        assert_eq!(value["device"]["class"], "0x118000");
+        assert_eq!(value["device"]["regions"][0]["name"], "BAR 2");
+        assert_eq!(value["device"]["interrupts"][0]["vectors"], 2);
+    }
+}

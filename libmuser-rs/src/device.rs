@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a device author writes.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::irq::Interrupts;
+use crate::memory::SharedMemory;
+use crate::region::{Access, Region};
+use crate::transport::AreaMemory;
+
+/// A device: what its registers do.
+///
+/// The library serves configuration space, the MSI-X table, the expansion ROM and shared memory by
+/// itself; what is left comes here, as naturally aligned accesses of 1, 2, 4 or 8 bytes (see
+/// [`Access`]). Whatever else a device needs, it gets from its [`Bus`] when it is made.
+///
+/// # Threads
+///
+/// One thread calls, the one that runs the [`Server`](crate::Server), and one call at a time: a
+/// call is over when the next begins. A device may have threads of its own; the handles which a
+/// [`Bus`] gives out work from any of them.
+///
+/// # Errors
+///
+/// An error becomes the errno which the client gets ([`Error::errno`](crate::Error::errno)), and is
+/// logged with region, offset and size (the first ones at error level, then at debug level: a client
+/// can cause any number). The server goes on. So does it after a write that was not
+/// understood, which hardware would not report either: the default drops it, and logs at debug
+/// level.
+///
+/// # Panics
+///
+/// A device whose code panics can't be trusted any more: the client gets `EIO`, and the server ends
+/// with an error ([`Error::is_panicked`](crate::Error::is_panicked)). In a program built with
+/// `panic = "abort"` the process ends, and muser.ko keeps the request for the next one.
+pub trait Device {
+    /// Reads a register. Bits beyond the access's width are ignored.
+    ///
+    /// # Errors
+    ///
+    /// Any: see [`Device`].
+    fn read(&mut self, access: Access) -> Result<u64> {
+        access.unhandled_read()
+    }
+
+    /// Writes a register.
+    ///
+    /// # Errors
+    ///
+    /// Any: see [`Device`].
+    fn write(&mut self, access: Access, value: u64) -> Result<()> {
+        access.unhandled_write(value)
+    }
+
+    /// Returns to the state after power-on. The library has reset configuration space and
+    /// interrupts before: nothing is raised, nothing is pending.
+    ///
+    /// # Errors
+    ///
+    /// Any: see [`Device`].
+    fn reset(&mut self, reset: Reset) -> Result<()> {
+        log::debug!("{reset:?} reset: the device has nothing to do");
+        Ok(())
+    }
+}
+
+/// Why a device is reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Reset {
+    /// The client asked for it (`VFIO_DEVICE_RESET`).
+    Client,
+    /// The last client has closed the device: what it left behind is not for the next.
+    Close,
+    /// The driver initiated a function level reset.
+    FunctionLevel,
+    /// The function came back from D3hot, where it lost its state.
+    PowerUp,
+}
+
+/// What a device can reach: its interrupts, and the memory it shares with the client.
+///
+/// A handle: clone it, and use it from any thread.
+#[derive(Clone, Debug)]
+pub struct Bus {
+    interrupts: Interrupts,
+    memory: Arc<[AreaMemory]>,
+}
+
+impl Bus {
+    pub(crate) fn new(interrupts: Interrupts, memory: Vec<AreaMemory>) -> Self {
+        Self {
+            interrupts,
+            memory: memory.into(),
+        }
+    }
+
+    /// The handle that raises the device's interrupts.
+    #[must_use]
+    pub fn interrupts(&self) -> Interrupts {
+        self.interrupts.clone()
+    }
+
+    /// The memory of the [mappable](crate::Bar::mappable) area which starts at `offset` of a BAR.
+    #[must_use]
+    pub fn memory(&self, region: Region, offset: u64) -> Option<SharedMemory> {
+        let index = region.index();
+        let area = self
+            .memory
+            .iter()
+            .find(|area| area.region == index && area.offset == offset)?;
+        Some(area.memory.clone())
+    }
+}

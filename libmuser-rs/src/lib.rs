@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Write a PCI device in userspace once, serve it to any VFIO client.
+//!
+//! A device is a [`Device`]: what its registers do. A [`PciBuilder`] declares what it looks like.
+//! A [`Server`] brings the two to clients over a [transport]: the kernel's VFIO by way of
+//! `muser.ko`, or this very process, for tests.
+//!
+//! ```
+//! use libmuser::transport::memory;
+//! use libmuser::{Access, Bar, Device, PciBuilder, Region, Result, Server};
+//!
+//! /// One register that counts how often it is read.
+//! #[derive(Default)]
+//! struct Counter {
+//!     reads: u64,
+//! }
+//!
+//! impl Device for Counter {
+//!     fn read(&mut self, access: Access) -> Result<u64> {
+//!         match (access.region, access.offset) {
+//!             (Region::Bar(0), 0) => {
+//!                 self.reads += 1;
+//!                 Ok(self.reads)
+//!             }
+//!             _ => access.unhandled_read(),
+//!         }
+//!     }
+//! }
+//!
+//! # fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
+//! let model = PciBuilder::new(0x1234, 0x5678).bar(0, Bar::memory32(4096)).build()?;
+//! let (transport, host) = memory::pair()?;
+//! let mut server = Server::new(model, transport, |_bus| Ok(Counter::default()))?;
+//! std::thread::spawn(move || server.run());
+//!
+//! let client = host.open()?;
+//! let mut value = [0; 4];
+//! client.read(0, 0, &mut value)?;
+//! client.read(0, 0, &mut value)?;
+//! assert_eq!(u32::from_le_bytes(value), 2);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A program that serves it over the kernel has a [command line](cli) and needs no transport in
+//! sight:
+//!
+//! ```no_run
+//! # struct Counter;
+//! # impl libmuser::Device for Counter {}
+//! use libmuser::{Bar, PciBuilder, cli};
+//!
+//! fn main() -> std::process::ExitCode {
+//!     let model = PciBuilder::new(0x1234, 0x5678).bar(0, Bar::memory32(4096)).build();
+//!     cli::run("counter", env!("CARGO_PKG_VERSION"), "Counts", model, |_bus| Ok(Counter))
+//! }
+//! ```
+//!
+//! # Layers
+//!
+//! Imports go down only: sample → [`Device`] and what it is given → [`Server`] → the
+//! [`Transport`](transport::Transport) trait; transports → the ABI of `/dev/muser` and system
+//! calls. A device never sees a transport, a transport never sees a device.
+//!
+//! # Threads
+//!
+//! A server calls its device from the thread that runs it, one call at a time. The handles that a
+//! [`Bus`] gives out ([`Interrupts`], [`SharedMemory`]) work from any thread.
+//!
+//! # What the library does for a device
+//!
+//! - Configuration space: BAR sizing, command and status, write masks, the capability chains,
+//!   power states, function level reset ([`pci`]).
+//! - MSI-X with its table and pending bits, MSI, the interrupt line ([`Interrupts`]).
+//! - The expansion ROM, and memory shared with the client ([`SharedMemory`]).
+//! - Accesses of any size and alignment, cut into typed ones ([`Access`]).
+//! - Errors, which become the client's errno and a line in the log ([`Error`]).
+//!
+//! What it does not: a BAR whose decoding is off in the command register is accessible all the
+//! same, since clients of VFIO may use regions without a word in configuration space. A VMM unmaps
+//! such a BAR from its guest.
+
+#![deny(unsafe_code, missing_docs)]
+
+mod builder;
+#[cfg(feature = "cli")]
+pub mod cli;
+mod device;
+mod error;
+mod irq;
+mod memory;
+mod model;
+pub mod pci;
+mod region;
+mod server;
+mod sys;
+pub mod transport;
+
+pub use vm_memory;
+
+pub use builder::{PciBuilder, Pin};
+pub use device::{Bus, Device, Reset};
+pub use error::{Errno, Error, Result};
+pub use irq::Interrupts;
+pub use memory::SharedMemory;
+pub use model::PciModel;
+pub use pci::{Bar, Express, Msi, Msix, PowerManagement, VendorCapability, VendorExtended};
+pub use region::{Access, Area, AreaKind, Region, RegionInfo, Width};
+pub use server::{Ended, Server, Stop};

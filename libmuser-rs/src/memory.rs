@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memory that client and device share: the mappable areas of a BAR.
+//!
+//! The client can change it at any time, between any two bytes. So there is never a `&[u8]` to it:
+//! accesses are volatile copies, or atomic, with the types of [`vm_memory`].
+
+use std::sync::Arc;
+
+use vm_memory::{AtomicAccess, ByteValued, Bytes, VolatileSlice};
+
+use crate::error::{Errno, Error, Result};
+use crate::sys::Mapping;
+
+/// A mappable area of a BAR. A handle: clone it, and use it from any thread.
+///
+/// What [`slice`](Self::slice) gives has all of [`vm_memory::Bytes`] for more than the methods here.
+#[derive(Clone, Debug)]
+pub struct SharedMemory {
+    mapping: Arc<Mapping>,
+}
+
+impl SharedMemory {
+    pub(crate) fn new(mapping: Mapping) -> Self {
+        Self {
+            mapping: Arc::new(mapping),
+        }
+    }
+
+    /// Bytes.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "an area has at least a page")]
+    pub fn len(&self) -> usize {
+        self.mapping.len()
+    }
+
+    /// The memory as a whole.
+    #[must_use]
+    pub fn slice(&self) -> VolatileSlice<'_> {
+        self.mapping.slice()
+    }
+
+    /// Reads a value.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: it ends beyond the memory.
+    pub fn read<T: ByteValued>(&self, offset: usize) -> Result<T> {
+        self.slice()
+            .read_obj(offset)
+            .map_err(|error| self.outside(offset, &error))
+    }
+
+    /// Writes a value.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: it ends beyond the memory.
+    pub fn write<T: ByteValued>(&self, offset: usize, value: T) -> Result<()> {
+        self.slice()
+            .write_obj(value, offset)
+            .map_err(|error| self.outside(offset, &error))
+    }
+
+    /// Copies bytes out.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: they end beyond the memory.
+    pub fn read_bytes(&self, offset: usize, data: &mut [u8]) -> Result<()> {
+        self.slice()
+            .read_slice(data, offset)
+            .map_err(|error| self.outside(offset, &error))
+    }
+
+    /// Copies bytes in.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: they end beyond the memory.
+    pub fn write_bytes(&self, offset: usize, data: &[u8]) -> Result<()> {
+        self.slice()
+            .write_slice(data, offset)
+            .map_err(|error| self.outside(offset, &error))
+    }
+
+    /// Loads a value atomically, and sees whatever was written before a store with
+    /// [`store`](Self::store).
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: it is not aligned, or ends beyond the memory.
+    pub fn load<T: AtomicAccess>(&self, offset: usize) -> Result<T> {
+        use std::sync::atomic::Ordering::Acquire;
+        self.slice()
+            .load(offset, Acquire)
+            .map_err(|error| self.outside(offset, &error))
+    }
+
+    /// Stores a value atomically, after everything written before.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: it is not aligned, or ends beyond the memory.
+    pub fn store<T: AtomicAccess>(&self, offset: usize, value: T) -> Result<()> {
+        use std::sync::atomic::Ordering::Release;
+        self.slice()
+            .store(value, offset, Release)
+            .map_err(|error| self.outside(offset, &error))
+    }
+
+    /// Fills the memory with zeroes, as a device may want to at a reset: the library leaves what
+    /// one client wrote to be seen by the next.
+    pub fn clear(&self) {
+        const ZEROES: [u8; 4096] = [0; 4096];
+        let slice = self.slice();
+        for offset in (0..slice.len()).step_by(ZEROES.len()) {
+            if let Ok(rest) = slice.offset(offset) {
+                rest.copy_from(&ZEROES);
+            }
+        }
+    }
+
+    fn outside(&self, offset: usize, error: &vm_memory::VolatileMemoryError) -> Error {
+        let message = format!(
+            "offset {offset:#x} of {:#x} bytes shared: {error}",
+            self.len()
+        );
+        Error::new(Errno::EINVAL, message)
+    }
+}

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Base address registers: what a device decodes (PCI 3.0, 6.2.5.1).
+
+use std::ops::Range;
+
+use super::config::Layout;
+use super::regs::*;
+use crate::region::{Area, Width};
+
+/// What one base address register asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bar {
+    pub(crate) kind: BarKind,
+    pub(crate) size: u64,
+    pub(crate) prefetchable: bool,
+    pub(crate) width: Width,
+    pub(crate) areas: Vec<Area>,
+}
+
+/// The address space of a BAR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BarKind {
+    Memory32,
+    Memory64,
+    Io,
+}
+
+impl Bar {
+    /// Memory at a 32-bit address: a power of two from 16 bytes to 2 GiB.
+    #[must_use]
+    pub const fn memory32(size: u64) -> Self {
+        Self::new(BarKind::Memory32, size)
+    }
+
+    /// Memory at a 64-bit address: a power of two from 16 bytes. Takes the next BAR's number too.
+    #[must_use]
+    pub const fn memory64(size: u64) -> Self {
+        Self::new(BarKind::Memory64, size)
+    }
+
+    /// I/O ports: a power of two from 4 to 256.
+    #[must_use]
+    pub const fn io(size: u64) -> Self {
+        Self::new(BarKind::Io, size)
+    }
+
+    const fn new(kind: BarKind, size: u64) -> Self {
+        Self {
+            kind,
+            size,
+            prefetchable: false,
+            width: Width::Qword,
+            areas: Vec::new(),
+        }
+    }
+
+    /// Says that reads have no side effects, and that writes may be merged.
+    #[must_use]
+    pub fn prefetchable(self) -> Self {
+        Self {
+            prefetchable: true,
+            ..self
+        }
+    }
+
+    /// Cuts accesses that are wider than the device's registers; 8 bytes is the default.
+    #[must_use]
+    pub fn registers(self, widest: Width) -> Self {
+        Self {
+            width: widest,
+            ..self
+        }
+    }
+
+    /// Makes part of the BAR memory that client and device share and may map, whole pages each.
+    ///
+    /// Accesses to it don't reach the device: see [`Bus::memory`](crate::Bus::memory).
+    #[must_use]
+    pub fn mappable(mut self, range: Range<u64>) -> Self {
+        self.areas.push(Area::mappable(
+            range.start,
+            range.end.saturating_sub(range.start),
+        ));
+        self
+    }
+
+    /// What is wrong with this BAR, if anything is.
+    pub(crate) fn fault(&self, page_size: u64) -> Option<String> {
+        let Self { kind, size, .. } = self;
+        let sizes = match kind {
+            BarKind::Memory32 => 16..=1 << 31,
+            BarKind::Memory64 => 16..=muser_uapi::MUSER_MAX_REGION_SIZE,
+            BarKind::Io => 4..=256,
+        };
+        if !size.is_power_of_two() {
+            return Some(format!("its size {size:#x} is not a power of two"));
+        }
+        if !sizes.contains(size) {
+            let (least, most) = (sizes.start(), sizes.end());
+            return Some(format!(
+                "its size {size:#x} is not between {least:#x} and {most:#x}"
+            ));
+        }
+        if *kind == BarKind::Io && self.prefetchable {
+            return Some("I/O ports can't be prefetchable".into());
+        }
+        if *kind == BarKind::Io && !self.areas.is_empty() {
+            return Some("I/O ports can't be mapped".into());
+        }
+        self.area_fault(page_size)
+    }
+
+    fn area_fault(&self, page_size: u64) -> Option<String> {
+        let mut before: Option<Area> = None;
+        for area in &self.areas {
+            let name = format!("its mappable area {:#x}..{:#x}", area.offset, area.end());
+            if area.size == 0 {
+                return Some(format!("{name} is empty"));
+            }
+            if area.offset % page_size != 0 || area.size % page_size != 0 {
+                return Some(format!(
+                    "{name} is not made of whole pages of {page_size} bytes"
+                ));
+            }
+            if area.end() > self.size {
+                return Some(format!("{name} ends beyond its size {:#x}", self.size));
+            }
+            if let Some(before) = before.filter(|before| before.end() > area.offset) {
+                let (start, end) = (before.offset, before.end());
+                return Some(format!("{name} overlaps {start:#x}..{end:#x}"));
+            }
+            before = Some(*area);
+        }
+        None
+    }
+
+    /// Registers taken: two at a 64-bit address.
+    pub(crate) fn registers_taken(&self) -> u8 {
+        if self.kind == BarKind::Memory64 {
+            2
+        } else {
+            1
+        }
+    }
+
+    /// Describes the register in configuration space.
+    pub(crate) fn lay_out(&self, number: u8, layout: &mut Layout) {
+        let offset = PCI_BASE_ADDRESS_0 + 4 * u16::from(number);
+        let prefetch = if self.prefetchable {
+            PCI_BASE_ADDRESS_MEM_PREFETCH
+        } else {
+            0
+        };
+        let size_mask = !(self.size - 1);
+        match self.kind {
+            BarKind::Io => {
+                let writable = low_half(size_mask & PCI_BASE_ADDRESS_IO_MASK);
+                layout.dword(offset, PCI_BASE_ADDRESS_SPACE_IO, writable);
+            }
+            BarKind::Memory32 => {
+                let writable = low_half(size_mask & PCI_BASE_ADDRESS_MEM_MASK);
+                layout.dword(offset, prefetch, writable);
+            }
+            BarKind::Memory64 => {
+                let writable = size_mask & PCI_BASE_ADDRESS_MEM_MASK;
+                let flags = PCI_BASE_ADDRESS_MEM_TYPE_64 | prefetch;
+                layout.dword(offset, flags, low_half(writable));
+                layout.dword(offset + 4, 0, low_half(writable >> 32));
+            }
+        }
+    }
+}
+
+fn low_half(value: u64) -> u32 {
+    let [a, b, c, d, ..] = value.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
+}

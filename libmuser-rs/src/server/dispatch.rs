@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! From a request to whoever answers it: configuration space, MSI-X table, ROM, or the device.
+
+use std::any::Any;
+use std::fmt;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+
+use super::Server;
+use crate::device::{Device, Reset};
+use crate::error::{Errno, Result};
+use crate::model::Claim;
+use crate::region::{split, Access, Region, Width};
+use crate::transport::{Operation, Reply, Request};
+
+impl<D: Device> Server<D> {
+    pub(super) fn dispatch(&mut self, request: Request) -> Reply {
+        log::trace!("{request:?}");
+        // After a panic the device is not called again, so nobody sees it half changed.
+        let work = AssertUnwindSafe(|| self.perform(request));
+        let result = catch_unwind(work).unwrap_or_else(|panic| {
+            self.panicked = Some(panic_message(&*panic).into());
+            Err(Errno::EIO)
+        });
+        Reply {
+            token: request.token,
+            result,
+        }
+    }
+
+    fn perform(&mut self, request: Request) -> Result<(), Errno> {
+        match request.operation {
+            Operation::Read {
+                region,
+                offset,
+                count,
+            } => {
+                self.data.clear();
+                self.data.resize(count, 0);
+                self.access(request, region, offset, false)
+            }
+            Operation::Write { region, offset } => self.access(request, region, offset, true),
+            Operation::Reset { close } => {
+                self.reset_function();
+                self.reset_device(if close { Reset::Close } else { Reset::Client })
+            }
+            Operation::Unknown => {
+                self.failures
+                    .log(format_args!("a request of an unknown kind was refused"));
+                Err(Errno::EOPNOTSUPP)
+            }
+        }
+    }
+
+    /// Cuts an access where somebody else answers, and has each part answered.
+    fn access(
+        &mut self,
+        request: Request,
+        index: u32,
+        offset: u64,
+        write: bool,
+    ) -> Result<(), Errno> {
+        let size = self
+            .model
+            .description()
+            .region(index)
+            .map_or(0, |region| region.size);
+        let end = offset
+            .checked_add(self.data.len() as u64)
+            .filter(|end| *end <= size);
+        let (Some(region), Some(end)) = (Region::from_index(index), end) else {
+            let message = format_args!("region {index} offset {offset:#x}: it is out of bounds");
+            self.failures.log(message);
+            return Err(Errno::EINVAL);
+        };
+        let mut data = std::mem::take(&mut self.data);
+        let mut at = offset;
+        let mut result = Ok(());
+        while at < end && result.is_ok() {
+            let Some((claim, span)) = self.model.claim(region, at) else {
+                result = Err(Errno::EINVAL);
+                break;
+            };
+            let stop = span.end.min(end);
+            let part = &mut data[index_of(at - offset)..index_of(stop - offset)];
+            let place = Place {
+                start: at,
+                claimed: index_of(at - span.start),
+            };
+            result = match (claim, write) {
+                (Claim::Device(region, width), _) => {
+                    let accesses = split(place.start, part.len(), width);
+                    self.access_device(accesses, region, request.replay, part, write)
+                }
+                (_, true) => self.write_claimed(claim, place, part),
+                (_, false) => {
+                    self.read_claimed(claim, place, part);
+                    Ok(())
+                }
+            };
+            at = stop;
+        }
+        self.data = data;
+        result
+    }
+
+    fn access_device(
+        &mut self,
+        accesses: impl Iterator<Item = (u64, Width)>,
+        region: Region,
+        replay: bool,
+        data: &mut [u8],
+        write: bool,
+    ) -> Result<(), Errno> {
+        // PCI PM 1.2, 5.4.1: in D3hot, a function answers in configuration space only.
+        let powered = self
+            .shared
+            .with(|function| function.config().is_powered())
+            .0;
+        if !powered {
+            log::debug!("{region}: the function is in D3hot and does not answer");
+            if !write {
+                data.fill(0xff);
+            }
+            return Ok(());
+        }
+        let mut rest = data;
+        for (offset, width) in accesses {
+            let (bytes, after) = rest.split_at_mut(width.bytes());
+            rest = after;
+            let access = Access {
+                region,
+                offset,
+                width,
+                replay,
+            };
+            let mut value = [0; 8];
+            let value = &mut value[..];
+            let outcome = if write {
+                value[..bytes.len()].copy_from_slice(bytes);
+                let value = value.try_into().map_or(0, u64::from_le_bytes);
+                self.device.write(access, value)
+            } else {
+                self.device.read(access).map(|value| {
+                    bytes.copy_from_slice(&value.to_le_bytes()[..width.bytes()]);
+                })
+            };
+            outcome.map_err(|error| {
+                let verb = if write { "write" } else { "read" };
+                self.failures
+                    .log(format_args!("{access}: the {verb} failed: {error}"));
+                error.errno()
+            })?;
+        }
+        Ok(())
+    }
+
+    fn read_claimed(&self, claim: Claim, place: Place, data: &mut [u8]) {
+        let at = place.claimed;
+        match claim {
+            Claim::Config => {
+                self.shared
+                    .with(|function| function.config().read(at, data))
+                    .0
+            }
+            Claim::MsixTable => {
+                self.shared
+                    .with(|function| function.read_msix_table(at, data))
+                    .0
+            }
+            Claim::MsixPba => {
+                self.shared
+                    .with(|function| function.read_msix_pba(at, data))
+                    .0
+            }
+            Claim::Rom => data.copy_from_slice(&self.model.rom()[at..at + data.len()]),
+            Claim::Device(..) => {}
+        }
+    }
+
+    fn write_claimed(&mut self, claim: Claim, place: Place, data: &[u8]) -> Result<(), Errno> {
+        let at = place.claimed;
+        match claim {
+            Claim::Config => {
+                let (effects, sent) = self.shared.with(|function| function.write_config(at, data));
+                log_unsent(sent);
+                if effects.function_level_reset {
+                    self.reset_device(Reset::FunctionLevel)?;
+                } else if effects.power_up_reset {
+                    self.reset_device(Reset::PowerUp)?;
+                }
+                Ok(())
+            }
+            Claim::MsixTable => {
+                let work = self
+                    .shared
+                    .with(|function| function.write_msix_table(at, data));
+                log_unsent(work.1);
+                Ok(())
+            }
+            Claim::Rom | Claim::MsixPba | Claim::Device(..) => Ok(()),
+        }
+    }
+
+    fn reset_function(&self) {
+        log_unsent(self.shared.with(|function| function.reset()).1);
+    }
+
+    fn reset_device(&mut self, reset: Reset) -> Result<(), Errno> {
+        log::debug!("{reset:?} reset");
+        self.device.reset(reset).map_err(|error| {
+            self.failures
+                .log(format_args!("the {reset:?} reset failed: {error}"));
+            error.errno()
+        })
+    }
+}
+
+/// Where an access is: in the region, and in what claims that part of it.
+#[derive(Clone, Copy)]
+struct Place {
+    start: u64,
+    claimed: usize,
+}
+
+/// Logs failures: the first ones as errors. A client can cause as many as it likes, so those after
+/// them go to the debug level.
+#[derive(Debug, Default)]
+pub(super) struct Failures {
+    logged: u32,
+}
+
+impl Failures {
+    /// Enough to see what is wrong, and to see that it goes on.
+    const MOST: u32 = 32;
+
+    fn log(&mut self, message: fmt::Arguments<'_>) {
+        if self.logged == Self::MOST {
+            return log::debug!("{message}");
+        }
+        self.logged += 1;
+        log::error!("{message}");
+        if self.logged == Self::MOST {
+            log::error!("further failures are logged at debug level");
+        }
+    }
+}
+
+/// An offset within a buffer, which is small.
+fn index_of(offset: u64) -> usize {
+    usize::try_from(offset).unwrap_or(usize::MAX)
+}
+
+fn log_unsent(sent: Result<()>) {
+    if let Err(error) = sent {
+        log::warn!("an interrupt could not be sent: {error}");
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+}

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! System calls that the compiler can't check: ioctls of the muser node, and mappings. The only
+//! `unsafe` of the library is here.
+
+#![expect(unsafe_code, reason = "system calls have no safe wrapper here")]
+
+use std::ffi::c_ulong;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+
+use muser_uapi::{
+    muser_area, muser_attach, muser_irq, muser_next, muser_region, muser_trigger, MUSER_ATTACH,
+    MUSER_NEXT, MUSER_TRIGGER,
+};
+use nix::errno::Errno;
+use nix::sys::mman::{mmap, munmap, MapFlags, ProtFlags};
+use vm_memory::VolatileSlice;
+
+/// Bytes of a page.
+pub(crate) fn page_size() -> u64 {
+    // SAFETY: `sysconf` has no preconditions.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(size).unwrap_or(4096)
+}
+
+/// Shared memory, mapped until it is dropped.
+///
+/// # Invariants
+///
+/// `start` is the start of a mapping of `len` bytes that nothing else unmaps. It is readable, and
+/// writable if it was made so.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    start: NonNull<libc::c_void>,
+    len: usize,
+}
+
+// SAFETY: The mapping belongs to the process, not to a thread, and it is accessed by volatile or
+// atomic accesses only.
+unsafe impl Send for Mapping {}
+// SAFETY: As above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes of a file from `offset` on.
+    pub(crate) fn new(
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+        writable: bool,
+    ) -> Result<Self, Errno> {
+        let length = NonZeroUsize::new(len).ok_or(Errno::EINVAL)?;
+        let offset = libc::off_t::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
+        let write = if writable {
+            ProtFlags::PROT_WRITE
+        } else {
+            ProtFlags::empty()
+        };
+        let protection = ProtFlags::PROT_READ | write;
+        // SAFETY: The address is for the kernel to choose, so no mapping is replaced.
+        let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, file, offset) }?;
+        // INVARIANT: `mmap` has just made the mapping, and its only owner is this value.
+        Ok(Self { start, len })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The memory. Who writes to a mapping that is not writable gets a SIGSEGV.
+    pub(crate) fn slice(&self) -> VolatileSlice<'_> {
+        // SAFETY: By the invariant, `len` bytes from `start` on are mapped as long as `self` lives,
+        // and so as long as the slice.
+        unsafe { VolatileSlice::new(self.start.as_ptr().cast(), self.len) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: By the invariant this is a mapping of ours; a slice of it can't outlive `self`.
+        // There is nothing to be done about an error, which would mean the invariant was broken.
+        let _ = unsafe { munmap(self.start, self.len) };
+    }
+}
+
+/// `MUSER_ATTACH`, with the arrays which `attach` counts.
+pub(crate) fn attach(
+    node: BorrowedFd<'_>,
+    attach: &mut muser_attach,
+    regions: &[muser_region],
+    areas: &[muser_area],
+    irqs: &[muser_irq],
+) -> Result<(), Errno> {
+    let count = |len: usize| u32::try_from(len).map_err(|_| Errno::ENOSPC);
+    attach.num_regions = count(regions.len())?;
+    attach.num_areas = count(areas.len())?;
+    attach.num_irqs = count(irqs.len())?;
+    attach.regions = regions.as_ptr().expose_provenance() as u64;
+    attach.areas = areas.as_ptr().expose_provenance() as u64;
+    attach.irqs = irqs.as_ptr().expose_provenance() as u64;
+    // SAFETY: The ioctl takes a `muser_attach`, whose pointers lead to arrays with as many elements
+    // as it says, which the kernel only reads.
+    unsafe { ioctl(node, MUSER_ATTACH, attach) }
+}
+
+/// `MUSER_NEXT`.
+pub(crate) fn next(node: BorrowedFd<'_>, next: &mut muser_next) -> Result<(), Errno> {
+    // SAFETY: The ioctl takes a `muser_next`, which has no pointers. It writes to slots, which are
+    // accessed by volatile accesses only.
+    unsafe { ioctl(node, MUSER_NEXT, next) }
+}
+
+/// `MUSER_TRIGGER`.
+pub(crate) fn trigger(node: BorrowedFd<'_>, trigger: &mut muser_trigger) -> Result<(), Errno> {
+    // SAFETY: The ioctl takes a `muser_trigger`, which has no pointers.
+    unsafe { ioctl(node, MUSER_TRIGGER, trigger) }
+}
+
+/// # Safety
+///
+/// `request` takes a pointer to a `T`, and what the ioctl reads and writes through pointers in it
+/// is there.
+unsafe fn ioctl<T>(node: BorrowedFd<'_>, request: u32, argument: &mut T) -> Result<(), Errno> {
+    let fd = node.as_fd().as_raw_fd();
+    // SAFETY: By the contract of this function.
+    let result = unsafe { libc::ioctl(fd, c_ulong::from(request), std::ptr::from_mut(argument)) };
+    Errno::result(result).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn two_mappings_of_a_file_show_the_same() {
+        let file = nix::sys::memfd::memfd_create("test", nix::sys::memfd::MFdFlags::empty());
+        let file = File::from(file.unwrap());
+        file.set_len(page_size()).unwrap();
+        let len = usize::try_from(page_size()).unwrap();
+        let writer = Mapping::new(file.as_fd(), 0, len, true).unwrap();
+        let reader = Mapping::new(file.as_fd(), 0, len, false).unwrap();
+
+        writer.slice().write_obj(0x1234_u16, 8).unwrap();
+
+        assert_eq!(reader.slice().read_obj::<u16>(8).unwrap(), 0x1234);
+    }
+
+    #[test]
+    fn empty_mapping_is_refused() {
+        let file = File::open("/dev/null").unwrap();
+
+        assert_eq!(
+            Mapping::new(file.as_fd(), 0, 0, false).unwrap_err(),
+            Errno::EINVAL
+        );
+    }
+}

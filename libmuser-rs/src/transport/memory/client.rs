@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A client of a device in this process: what a VFIO device file offers, as methods.
+
+use std::fmt;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use muser_uapi::MUSER_SLOT_DATA;
+use nix::errno::Errno as Number;
+
+use super::queue::Described;
+use super::Removal;
+use crate::memory::SharedMemory;
+use crate::region::RegionInfo;
+use crate::transport::{Description, IrqInfo, Operation};
+
+/// What `VFIO_DEVICE_SET_IRQS` does with vectors (`VFIO_IRQ_SET_ACTION_*`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum IrqAction {
+    /// Hold them back.
+    Mask,
+    /// Let them through again.
+    Unmask,
+    /// Say what happens when they fire, or fire them.
+    Trigger,
+}
+
+/// Which vectors `VFIO_DEVICE_SET_IRQS` means, from the start given on (`VFIO_IRQ_SET_DATA_*`).
+#[non_exhaustive]
+pub enum IrqData<'a> {
+    /// This many. None at all, with [`IrqAction::Trigger`] and start 0, disables the index.
+    None(usize),
+    /// Those which are true.
+    Bools(&'a [bool]),
+    /// As many as there are elements; each gets this eventfd, or none any more.
+    EventFds(&'a [Option<BorrowedFd<'a>>]),
+    /// As many as there are elements; each gets this function, or none any more. It is called in
+    /// the thread that raises the interrupt: it must not wait, nor use the device.
+    Calls(Vec<Option<Arc<dyn Fn() + Send + Sync>>>),
+}
+
+impl IrqData<'_> {
+    pub(super) fn count(&self) -> usize {
+        match self {
+            Self::None(count) => *count,
+            Self::Bools(chosen) => chosen.len(),
+            Self::EventFds(fds) => fds.len(),
+            Self::Calls(calls) => calls.len(),
+        }
+    }
+}
+
+impl fmt::Debug for IrqData<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None(count) => f.debug_tuple("None").field(count).finish(),
+            Self::Bools(chosen) => f.debug_tuple("Bools").field(chosen).finish(),
+            Self::EventFds(fds) => f.debug_tuple("EventFds").field(fds).finish(),
+            Self::Calls(calls) => f.debug_tuple("Calls").field(&calls.len()).finish(),
+        }
+    }
+}
+
+/// A client that has the device open. It can be used from many threads at once.
+///
+/// Regions and interrupts have the indexes of `<linux/vfio.h>`. Errors are those that a VFIO
+/// client gets.
+#[derive(Debug)]
+pub struct Client {
+    device: Arc<Removal>,
+    described: Described,
+}
+
+impl Client {
+    pub(super) fn open(device: Arc<Removal>) -> io::Result<Self> {
+        let described = device.0.open()?;
+        Ok(Self { device, described })
+    }
+
+    /// The device's regions and interrupts.
+    #[must_use]
+    pub fn description(&self) -> &Description {
+        &self.described.description
+    }
+
+    /// A region's size and flags, as `VFIO_DEVICE_GET_REGION_INFO` has them.
+    #[must_use]
+    pub fn region(&self, index: u32) -> Option<&RegionInfo> {
+        self.description().region(index)
+    }
+
+    /// An interrupt's vectors and flags, as `VFIO_DEVICE_GET_IRQ_INFO` has them.
+    #[must_use]
+    pub fn irq(&self, index: u32) -> Option<&IrqInfo> {
+        self.description().irq(index)
+    }
+
+    /// Reads from a region; tells how many bytes, fewer at the end of the region.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: no such region, it can't be read, or the offset is beyond its end. Else what the
+    /// device returned, unless an earlier part of a long read was successful.
+    pub fn read(&self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<usize> {
+        let info = self.bounds(region, offset, |info| info.readable)?;
+        let count = clamp(info, offset, data.len());
+        self.in_parts(info, offset, count, |at, part, memory| {
+            let part = &mut data[part];
+            if let Some((memory, offset)) = memory {
+                return Ok(memory
+                    .read_bytes(offset, part)
+                    .map_err(|error| error.errno())?);
+            }
+            let operation = Operation::Read {
+                region,
+                offset: at,
+                count: part.len(),
+            };
+            let answer = self.device.0.request(operation, Vec::new())?;
+            let answer = answer.get(..part.len()).ok_or(Number::EIO)?;
+            part.copy_from_slice(answer);
+            Ok(())
+        })
+    }
+
+    /// Writes to a region; tells how many bytes, fewer at the end of the region.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read).
+    pub fn write(&self, region: u32, offset: u64, data: &[u8]) -> io::Result<usize> {
+        let info = self.bounds(region, offset, |info| info.writable)?;
+        let count = clamp(info, offset, data.len());
+        self.in_parts(info, offset, count, |at, part, memory| {
+            let part = &data[part];
+            if let Some((memory, offset)) = memory {
+                return Ok(memory
+                    .write_bytes(offset, part)
+                    .map_err(|error| error.errno())?);
+            }
+            let operation = Operation::Write { region, offset: at };
+            self.device.0.request(operation, part.to_vec()).map(drop)
+        })
+    }
+
+    /// Sets up interrupts, as `VFIO_DEVICE_SET_IRQS` does.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: no such index or vector, or an action that the index does not have.
+    /// `EOPNOTSUPP`: masking by eventfd.
+    pub fn set_irqs(
+        &self,
+        index: u32,
+        start: u32,
+        action: IrqAction,
+        data: IrqData<'_>,
+    ) -> io::Result<()> {
+        self.device.0.irqs().set(index, start, action, data)
+    }
+
+    /// Resets the device, as `VFIO_DEVICE_RESET` does.
+    ///
+    /// # Errors
+    ///
+    /// What the device returned.
+    pub fn reset(&self) -> io::Result<()> {
+        self.device
+            .0
+            .request(Operation::Reset { close: false }, Vec::new())
+            .map(drop)
+    }
+
+    /// Maps the mappable area which starts at `offset` of a region.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: no mappable area starts there.
+    pub fn map(&self, region: u32, offset: u64) -> io::Result<SharedMemory> {
+        let mut areas = self.described.memory.iter();
+        let area = areas.find(|area| area.region == region && area.offset == offset);
+        Ok(area.ok_or(Number::EINVAL)?.memory.clone())
+    }
+
+    fn bounds(
+        &self,
+        region: u32,
+        offset: u64,
+        allowed: impl FnOnce(&RegionInfo) -> bool,
+    ) -> io::Result<&RegionInfo> {
+        let region = self
+            .region(region)
+            .filter(|region| offset < region.size && allowed(region));
+        Ok(region.ok_or(Number::EINVAL)?)
+    }
+
+    /// Does an access in parts: shared memory each by itself, the rest as much as a request takes.
+    fn in_parts(
+        &self,
+        region: &RegionInfo,
+        offset: u64,
+        count: usize,
+        mut access: impl FnMut(
+            u64,
+            std::ops::Range<usize>,
+            Option<(&SharedMemory, usize)>,
+        ) -> io::Result<()>,
+    ) -> io::Result<usize> {
+        let mut done = 0;
+        while done < count {
+            let at = offset + done as u64;
+            let area = region
+                .areas
+                .iter()
+                .find(|area| (area.offset..area.end()).contains(&at));
+            let next = region
+                .areas
+                .iter()
+                .map(|area| area.offset)
+                .find(|start| *start > at);
+            let limit = match (area, next) {
+                (Some(area), _) => area.end() - at,
+                (None, next) => {
+                    let gap = next.map_or(u64::MAX, |next| next - at);
+                    gap.min(MUSER_SLOT_DATA.into())
+                }
+            };
+            let len = usize::try_from(limit)
+                .unwrap_or(usize::MAX)
+                .min(count - done);
+            let memory = area.and_then(|area| {
+                let mut memory = self.described.memory.iter();
+                let memory =
+                    memory.find(|m| m.region == region.index && m.offset == area.offset)?;
+                Some((&memory.memory, usize::try_from(at - area.offset).ok()?))
+            });
+            match access(at, done..done + len, memory) {
+                Ok(()) => done += len,
+                Err(error) if done == 0 => return Err(error),
+                Err(_) => break,
+            }
+        }
+        Ok(done)
+    }
+}
+
+fn clamp(region: &RegionInfo, offset: u64, count: usize) -> usize {
+    usize::try_from(region.size - offset)
+        .unwrap_or(usize::MAX)
+        .min(count)
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.device.0.close();
+    }
+}

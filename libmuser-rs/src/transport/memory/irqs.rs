@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `VFIO_DEVICE_SET_IRQS` and what an interrupt does, as `muser.ko` has them.
+
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno as Number;
+
+use super::client::{IrqAction, IrqData};
+use crate::error::{Errno, Error, Result};
+use crate::transport::{Description, IrqInfo, Trigger};
+
+/// The interrupts of a device, as its clients have set them up.
+#[derive(Debug, Default)]
+pub(in crate::transport) struct Irqs {
+    indexes: Mutex<Vec<Index>>,
+}
+
+#[derive(Debug)]
+struct Index {
+    info: IrqInfo,
+    vectors: Vec<Vector>,
+}
+
+#[derive(Debug, Default)]
+struct Vector {
+    handler: Option<Handler>,
+    masked: bool,
+    /// Of an edge: fired while masked. Of a level: the line is up.
+    pending: bool,
+}
+
+/// What happens when a vector fires.
+#[derive(Clone)]
+enum Handler {
+    EventFd(Arc<OwnedFd>),
+    Call(Arc<dyn Fn() + Send + Sync>),
+}
+
+impl Irqs {
+    pub(super) fn describe(&self, description: &Description) {
+        let index = |info: &IrqInfo| Index {
+            info: *info,
+            vectors: (0..info.count).map(|_| Vector::default()).collect(),
+        };
+        *self.lock() = description.irqs.iter().map(index).collect();
+    }
+
+    pub(super) fn disable_all(&self) {
+        for index in self.lock().iter_mut() {
+            index.disable();
+        }
+    }
+
+    pub(super) fn set(
+        &self,
+        index: u32,
+        start: u32,
+        action: IrqAction,
+        data: IrqData<'_>,
+    ) -> io::Result<()> {
+        let mut indexes = self.lock();
+        let index = find(&mut indexes, index).ok_or(Number::EINVAL)?;
+        let count = data.count();
+        if count == 0 {
+            let disable = matches!((action, &data), (IrqAction::Trigger, IrqData::None(0)));
+            if !disable || start != 0 {
+                return Err(Number::EINVAL.into());
+            }
+            index.disable();
+            return Ok(());
+        }
+        if action != IrqAction::Trigger && !index.info.maskable {
+            return Err(Number::EINVAL.into());
+        }
+        let start = start as usize;
+        let end = start.checked_add(count).ok_or(Number::EINVAL)?;
+        let automasked = index.info.automasked;
+        let vectors = index.vectors.get_mut(start..end).ok_or(Number::EINVAL)?;
+        let handlers = match (action, data) {
+            (IrqAction::Trigger, IrqData::EventFds(fds)) => {
+                let handler = |fd: &std::os::fd::BorrowedFd<'_>| {
+                    fd.try_clone_to_owned()
+                        .map(|fd| Handler::EventFd(Arc::new(fd)))
+                };
+                let handlers = fds.iter().map(|fd| fd.as_ref().map(handler).transpose());
+                handlers.collect::<io::Result<Vec<_>>>()?
+            }
+            (IrqAction::Trigger, IrqData::Calls(calls)) => calls
+                .into_iter()
+                .map(|call| call.map(Handler::Call))
+                .collect(),
+            (action, IrqData::None(_)) => {
+                vectors
+                    .iter_mut()
+                    .for_each(|vector| vector.act(action, automasked));
+                return Ok(());
+            }
+            (action, IrqData::Bools(chosen)) => {
+                let vectors = vectors.iter_mut().zip(chosen);
+                for (vector, _) in vectors.filter(|(_, chosen)| **chosen) {
+                    vector.act(action, automasked);
+                }
+                return Ok(());
+            }
+            // Masking by eventfd needs somebody who polls it, which in this process nobody does.
+            (IrqAction::Mask | IrqAction::Unmask, _) => return Err(Number::EOPNOTSUPP.into()),
+        };
+        for (vector, handler) in vectors.iter_mut().zip(handlers) {
+            vector.handler = handler;
+            vector.pending &= automasked || vector.handler.is_some();
+            vector.settle(automasked);
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Index>> {
+        self.indexes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with_vector<R>(
+        &self,
+        index: u32,
+        vector: u32,
+        work: impl FnOnce(&mut Vector, &IrqInfo) -> Result<R>,
+    ) -> Result<R> {
+        let mut indexes = self.lock();
+        let missing = |errno, what| Error::new(errno, format!("no such interrupt {what}"));
+        let index = find(&mut indexes, index).ok_or_else(|| missing(Errno::ENXIO, "index"))?;
+        let vector = index
+            .vectors
+            .get_mut(vector as usize)
+            .ok_or_else(|| missing(Errno::ENOSPC, "vector"))?;
+        work(vector, &index.info)
+    }
+}
+
+fn find(indexes: &mut [Index], index: u32) -> Option<&mut Index> {
+    indexes
+        .iter_mut()
+        .find(|candidate| candidate.info.index == index)
+}
+
+impl Index {
+    /// Takes all handlers away; a line stays where the device has it.
+    fn disable(&mut self) {
+        for vector in &mut self.vectors {
+            vector.handler = None;
+            vector.masked = false;
+            vector.pending &= self.info.automasked;
+        }
+    }
+}
+
+impl Vector {
+    /// What a client does to a vector.
+    fn act(&mut self, action: IrqAction, automasked: bool) {
+        match action {
+            IrqAction::Trigger => self.signal(),
+            IrqAction::Mask => self.masked = true,
+            IrqAction::Unmask => {
+                self.masked = false;
+                self.settle(automasked);
+            }
+        }
+    }
+
+    /// Fires what is pending, unless it is masked.
+    fn settle(&mut self, automasked: bool) {
+        if self.pending && !self.masked && self.handler.is_some() {
+            self.signal();
+            // A level stays up, and masks itself until the client has looked.
+            self.masked = automasked;
+            self.pending = automasked;
+        }
+    }
+
+    fn signal(&self) {
+        match &self.handler {
+            Some(Handler::EventFd(fd)) => {
+                // A counter that is full is readable, which is all there is to tell.
+                let _ = nix::unistd::write(fd, &1_u64.to_ne_bytes());
+            }
+            Some(Handler::Call(call)) => call(),
+            None => {}
+        }
+    }
+}
+
+impl Trigger for Irqs {
+    fn raise(&self, index: u32, vector: u32) -> Result<()> {
+        self.with_vector(index, vector, |vector, info| {
+            if vector.handler.is_some() || info.automasked {
+                vector.pending = true;
+                vector.settle(info.automasked);
+            }
+            Ok(())
+        })
+    }
+
+    fn lower(&self, index: u32, vector: u32) -> Result<()> {
+        self.with_vector(index, vector, |vector, info| {
+            if !info.automasked {
+                return Err(Error::new(
+                    Errno::EOPNOTSUPP,
+                    "the interrupt is not a level",
+                ));
+            }
+            vector.pending = false;
+            Ok(())
+        })
+    }
+
+    fn eventfds(&self, index: u32) -> u32 {
+        let mut indexes = self.lock();
+        let vectors = find(&mut indexes, index).map(|index| &index.vectors);
+        let enabled = vectors
+            .into_iter()
+            .flatten()
+            .filter(|vector| vector.handler.is_some());
+        u32::try_from(enabled.count()).unwrap_or(u32::MAX)
+    }
+}
+
+impl fmt::Debug for Handler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::EventFd(fd) => f.debug_tuple("EventFd").field(fd).finish(),
+            Self::Call(_) => f.write_str("Call"),
+        }
+    }
+}
