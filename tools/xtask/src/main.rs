@@ -1,5 +1,120 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Builds, checks, boots and tests muser.
+//! Builds, checks, boots and tests muser: `cargo xtask --help` tells how.
+//!
+//! Reading order: what can be asked for (`cli`), what takes long (`step`,
+//! `cache`), where kernels come from (`root`, `archive`, `kernel`), what is built
+//! for them (`module`, `guest`, `cpio`), how they run (`qemu`, `console`), and what
+//! that proves (`suite`, `check`, `libtest`, `report`).
 
-fn main() {}
+mod archive;
+mod cache;
+mod check;
+mod cli;
+mod console;
+mod cpio;
+mod guest;
+mod kernel;
+mod libtest;
+mod module;
+mod project;
+mod qemu;
+mod report;
+mod root;
+mod step;
+mod suite;
+mod workbench;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{bail, Result};
+use clap::Parser as _;
+
+use crate::cli::{Cli, Kernel, Task};
+use crate::guest::{Guest, Programs};
+use crate::kernel::Tree;
+use crate::workbench::Workbench;
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<ExitCode> {
+    let bench = Workbench::new(cli.refresh)?;
+    match cli.command {
+        Task::Demo(boot) => in_guest(&bench, boot.kernel, &["demo".to_owned()]),
+        Task::Run { boot, command } => in_guest(&bench, boot.kernel, &command),
+        Task::Test(asked) => {
+            let report = suite::run(&bench, &asked);
+            report.print();
+            Ok(code(report.ok()))
+        }
+        Task::Check { fix } => {
+            let report = check::run(&bench, fix)?;
+            report.print();
+            Ok(code(report.ok()))
+        }
+        Task::Kernel { kernel } => {
+            println!("{}", Tree::prepare(&bench, kernel)?.build.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Module { kernel, clippy } => {
+            let tree = Tree::prepare(&bench, kernel)?;
+            if clippy {
+                module::clippy(&bench, &tree)?;
+            }
+            println!("{}", module::build(&bench, &tree)?.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Shell(boot) => {
+            qemu::shell(&bench, &guest(&bench, boot.kernel)?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Clean { all } => {
+            let unused = if all {
+                Duration::ZERO
+            } else {
+                Duration::from_secs(60 * 60)
+            };
+            let removed = bench.cache.forget(unused)?;
+            println!(
+                "Removed {removed} stages from {}.",
+                bench.cache.dir().display()
+            );
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// Runs one command in a guest; its status becomes xtask's.
+fn in_guest(bench: &Workbench, kernel: Kernel, command: &[String]) -> Result<ExitCode> {
+    let guest = guest(bench, kernel)?;
+    eprintln!("Booting Linux {} in QEMU.", guest.tree.release);
+    let words: Vec<String> = command.iter().map(|word| qemu::quote(word)).collect();
+    let outcome = qemu::run(bench, &guest, &words.join(" "), |line| println!("{line}"))?;
+    if let Some(complaint) = outcome.complaint() {
+        bail!("{complaint}");
+    }
+    let status = outcome.status.unwrap_or(1);
+    Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)))
+}
+
+fn guest(bench: &Workbench, kernel: Kernel) -> Result<Guest> {
+    let programs = Programs::build(bench)?;
+    Guest::prepare(bench, Tree::prepare(bench, kernel)?, &programs)
+}
+
+fn code(ok: bool) -> ExitCode {
+    if ok {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

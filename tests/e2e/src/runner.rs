@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Runs a test in a process of its own, under a watchdog, and judges the kernel's log with it.
+
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{bail, Context, Result};
+use libtest_mimic::{Completion, Failed, Trial};
+use muser_e2e::mdev::Mdev;
+use muser_e2e::vfio::Road;
+use muser_e2e::{kmsg, module, process, sys, time};
+
+/// First argument of a run that is one test.
+pub(crate) const INNER: &str = "--inner";
+
+/// What a test does.
+pub(crate) enum Body {
+    /// It chooses its road itself, or needs none.
+    Once(fn() -> Result<()>),
+    /// It is run on this road.
+    On(Road, fn(Road) -> Result<()>),
+}
+
+/// A test.
+pub(crate) struct Test {
+    pub(crate) name: String,
+    pub(crate) body: Body,
+    /// Why this system can't run it.
+    pub(crate) lacking: fn() -> Option<String>,
+    /// How much longer than others it may take.
+    pub(crate) patience: u32,
+}
+
+impl Test {
+    /// Has the test ignored where `lacking` gives a reason.
+    pub(crate) fn needs(mut self, lacking: fn() -> Option<String>) -> Self {
+        self.lacking = lacking;
+        self
+    }
+
+    /// Gives the test `times` the time of others.
+    pub(crate) fn long(mut self, times: u32) -> Self {
+        self.patience = times;
+        self
+    }
+
+    fn reason_to_ignore(&self) -> Option<String> {
+        let road = match self.body {
+            Body::Once(_) => None,
+            Body::On(road, _) => {
+                // The nodes come with the modules, and /dev/iommu with iommufd.
+                if let Err(error) = module::load() {
+                    eprintln!("{}: {error:#}", self.name);
+                }
+                road.lacking()
+            }
+        };
+        road.or_else(self.lacking)
+    }
+}
+
+/// Runs one test in this process.
+pub(crate) fn run_inner(tests: &[Test], name: &str) -> Result<()> {
+    let test = tests.iter().find(|test| test.name == name);
+    let test = test.with_context(|| format!("there is no test {name}"))?;
+    sys::die_with_parent()?;
+    match test.body {
+        Body::Once(run) => run(),
+        Body::On(road, run) => run(road),
+    }
+}
+
+/// The test as libtest-mimic wants it.
+pub(crate) fn trial(test: Test) -> Trial {
+    let name = test.name.clone();
+    Trial::ignorable_test(name, move || match test.reason_to_ignore() {
+        Some(reason) => Ok(Completion::ignored_with(reason)),
+        None => supervise(&test).map(|()| Completion::Completed),
+    })
+}
+
+fn supervise(test: &Test) -> Result<(), Failed> {
+    let mut log = kmsg::Log::from_now().map_err(|error| format!("/dev/kmsg: {error}"))?;
+    let judged = run_child(test);
+    let leftovers = remove_leftovers();
+    while sys::reap_one() {}
+    let lines = log.lines().map_err(|error| format!("/dev/kmsg: {error}"))?;
+
+    let mut faults: Vec<String> = Vec::new();
+    if let Err(error) = &judged {
+        faults.push(format!("{error:#}"));
+    }
+    if judged.is_ok() && !leftovers.is_empty() {
+        faults.push(format!("it left devices behind: {}", leftovers.join(", ")));
+    }
+    if let Some(splat) = kmsg::splat(&lines) {
+        faults.push(format!("the kernel complained:\n{}", splat.join("\n")));
+    } else if judged.is_err() && !lines.is_empty() {
+        let last = &lines[lines.len().saturating_sub(20)..];
+        faults.push(format!(
+            "the kernel's log of the time:\n{}",
+            last.join("\n")
+        ));
+    }
+    if faults.is_empty() {
+        Ok(())
+    } else {
+        Err(faults.join("\n").into())
+    }
+}
+
+fn run_child(test: &Test) -> Result<()> {
+    let mut output = tempfile()?;
+    let mut child = Command::new("/proc/self/exe")
+        .args([INNER, &test.name])
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output.try_clone()?)
+        .env("RUST_BACKTRACE", "0")
+        .process_group(0)
+        .spawn()
+        .context("starting the test's process")?;
+    let limit = Duration::from_secs(60) * time::slowness() * test.patience;
+    let status = watch(&mut child, limit);
+    // Whatever it started and left; there may be nothing.
+    let _ = sys::kill(-i32::from_ne_bytes(child.id().to_ne_bytes()), libc::SIGKILL);
+    let mut said = String::new();
+    output.rewind()?;
+    output.read_to_string(&mut said)?;
+    let said = said.trim_end();
+    match status? {
+        Some(status) if status.success() => Ok(()),
+        Some(status) => match status.signal() {
+            Some(signal) => bail!("the test's process died of signal {signal}\n{said}"),
+            None => bail!("{said}"),
+        },
+        None => bail!("hung: killed by the watchdog after {limit:?}\n{said}"),
+    }
+}
+
+/// Waits for the child; kills it at the limit, and gives up the whole run if it can't be killed.
+fn watch(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> {
+    let pidfd = sys::pidfd(child.id()).context("watching the test's process")?;
+    if sys::poll(&pidfd, libc::POLLIN, limit)? != 0 {
+        return Ok(Some(child.wait()?));
+    }
+    eprintln!("watchdog: it waits in {}", process::stack(child.id()));
+    sys::kill(-i32::from_ne_bytes(child.id().to_ne_bytes()), libc::SIGKILL)?;
+    if sys::poll(&pidfd, libc::POLLIN, time::patience())? != 0 {
+        child.wait()?;
+        return Ok(None);
+    }
+    eprintln!(
+        "FATAL: the test's process can't be killed; it waits in {}. The run ends here.",
+        process::stack(child.id())
+    );
+    std::process::exit(102);
+}
+
+/// Removes the devices that the test left, and says which.
+fn remove_leftovers() -> Vec<String> {
+    let leftovers = Mdev::list();
+    for uuid in &leftovers {
+        let uuid = uuid.clone();
+        // A removal may wait for a client that is stuck; the next test must not.
+        let removal = std::thread::spawn(move || drop(Mdev::adopt(&uuid)));
+        if time::until("removal", || removal.is_finished()).is_err() {
+            eprintln!("a device left behind can't be removed: its client is stuck");
+        }
+    }
+    leftovers
+}
+
+fn tempfile() -> Result<File> {
+    let path = std::env::temp_dir().join(format!("e2e-{}.out", std::process::id()));
+    let file = File::options()
+        .read(true)
+        .append(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .with_context(|| format!("creating {}", path.display()))?;
+    file.set_len(0)?;
+    std::fs::remove_file(&path)?;
+    Ok(file)
+}

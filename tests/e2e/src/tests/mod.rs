@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The tests, a file a topic; in the order in which they run.
+
+mod attach;
+mod attach_limit;
+mod clean;
+mod close;
+mod gpio;
+mod info;
+mod interop;
+mod ioctl;
+mod irq;
+mod irq_bad;
+mod level;
+mod mdevctl;
+mod memory;
+mod module;
+mod muserctl;
+mod owner;
+mod reply;
+mod request;
+mod sysfs;
+mod vanish;
+mod vfio_bad;
+
+use crate::runner::{Body, Test};
+use muser_e2e::vfio::Road;
+
+/// Lists the tests of a topic: `once` those that need no road, `roads` those that run on each.
+macro_rules! topic {
+    ($topic:literal, once: [$($once:ident),* $(,)?], roads: [$($road:ident),* $(,)?]) => {
+        /// The tests of this topic.
+        pub(super) fn tests() -> Vec<$crate::runner::Test> {
+            let once: &[(&str, $crate::tests::Once)] =
+                &[$((concat!($topic, "::", stringify!($once)), $once)),*];
+            let roads: &[(&str, $crate::tests::OnRoad)] =
+                &[$((concat!($topic, "::", stringify!($road)), $road)),*];
+            $crate::tests::list(once, roads)
+        }
+    };
+}
+use topic;
+
+/// A test that needs no road.
+type Once = fn() -> anyhow::Result<()>;
+
+/// A test that runs on each road.
+type OnRoad = fn(Road) -> anyhow::Result<()>;
+
+fn list(once: &[(&str, Once)], roads: &[(&str, OnRoad)]) -> Vec<Test> {
+    let once = once.iter().map(|&(name, run)| self::once(name, run));
+    once.chain(roads.iter().flat_map(|&(name, run)| self::roads(name, run)))
+        .collect()
+}
+
+fn once(name: &str, run: Once) -> Test {
+    Test {
+        name: name.to_owned(),
+        body: Body::Once(run),
+        lacking: || None,
+        patience: 1,
+    }
+}
+
+fn roads(name: &str, run: OnRoad) -> impl Iterator<Item = Test> {
+    Road::ALL.into_iter().map(move |road| Test {
+        name: format!("{name}@{road}"),
+        body: Body::On(road, run),
+        lacking: || None,
+        patience: 1,
+    })
+}
+
+/// All tests.
+pub(crate) fn all() -> Vec<Test> {
+    let topics: [fn() -> Vec<Test>; 22] = [
+        module::tests,
+        module::long,
+        sysfs::tests,
+        owner::tests,
+        attach::tests,
+        attach_limit::tests,
+        ioctl::tests,
+        info::tests,
+        vfio_bad::tests,
+        request::tests,
+        reply::tests,
+        vanish::tests,
+        irq::tests,
+        irq_bad::tests,
+        level::tests,
+        memory::tests,
+        close::tests,
+        interop::tests,
+        gpio::where_installed,
+        muserctl::where_installed,
+        mdevctl::where_installed,
+        clean::tests,
+    ];
+    topics.into_iter().flat_map(|topic| topic()).collect()
+}
+
+/// Why a program can't be run: it is not there.
+fn missing(program: &str) -> Option<String> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).any(|directory| directory.join(program).exists());
+    (!found).then(|| format!("{program} is not in this guest"))
+}

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The two roads to a VFIO device: group with a type1 container, and cdev with an iommufd.
+
+use std::ffi::CString;
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::Path;
+
+use vfio_bindings::bindings::vfio::{
+    vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd, VFIO_TYPE1v2_IOMMU,
+};
+use zerocopy::IntoBytes;
+
+use super::abi;
+use crate::mdev::Mdev;
+use crate::sys;
+
+/// How a client comes to its device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Road {
+    /// `/dev/vfio/GROUP` in a container of type1.
+    Group,
+    /// `/dev/vfio/devices/vfioN` bound to an iommufd.
+    Cdev,
+}
+
+impl Road {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Group, Self::Cdev];
+
+    /// The name in test names and on command lines.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Group => "group",
+            Self::Cdev => "cdev",
+        }
+    }
+
+    /// The road of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|road| road.name() == name)
+    }
+
+    /// Why this kernel lacks the road; `None` if it has it.
+    pub fn lacking(self) -> Option<String> {
+        let (node, why) = match self {
+            Self::Group => ("/dev/vfio/vfio", "no VFIO container"),
+            Self::Cdev => ("/dev/iommu", "no iommufd, so no VFIO cdev"),
+        };
+        (!Path::new(node).exists()).then(|| format!("this kernel has {why} ({node} is missing)"))
+    }
+
+    /// Opens the files that lead to the device; the device's own is the first, and the others
+    /// must outlive it.
+    pub(super) fn open(self, mdev: &Mdev) -> io::Result<Vec<File>> {
+        match self {
+            Self::Group => {
+                let container = open_rw("/dev/vfio/vfio")?;
+                let group = open_rw(mdev.group_node()?)?;
+                let mut fd = std::os::fd::AsRawFd::as_raw_fd(&container);
+                sys::ioctl(&group, abi::VFIO_GROUP_SET_CONTAINER, &mut fd)?;
+                let type1 = i32::try_from(VFIO_TYPE1v2_IOMMU).unwrap_or(0);
+                sys::ioctl_value(&container, abi::VFIO_SET_IOMMU, type1)?;
+                let name = CString::new(mdev.uuid()).map_err(io::Error::other)?;
+                let device = sys::ioctl_open(&group, abi::VFIO_GROUP_GET_DEVICE_FD, &name)?;
+                Ok(vec![device, group, container])
+            }
+            Self::Cdev => {
+                let iommu = open_rw("/dev/iommu")?;
+                let device = open_rw(mdev.cdev_node()?)?;
+                bind(&device, &iommu)?;
+                Ok(vec![device, iommu])
+            }
+        }
+    }
+}
+
+impl fmt::Display for Road {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Opens a node for reading and writing.
+///
+/// # Errors
+///
+/// The errno of open(2).
+pub fn open_rw(path: impl AsRef<Path>) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(path)
+}
+
+fn bind(device: &File, iommu: &File) -> io::Result<()> {
+    let mut bind = vfio_device_bind_iommufd {
+        argsz: size_of::<vfio_device_bind_iommufd>() as u32,
+        iommufd: std::os::fd::AsRawFd::as_raw_fd(iommu),
+        ..Default::default()
+    };
+    sys::ioctl(device, abi::VFIO_DEVICE_BIND_IOMMUFD, &mut bind)?;
+    // `struct iommu_ioas_alloc` of <linux/iommufd.h>: size, flags, out_ioas_id.
+    let mut alloc = [12u32, 0, 0];
+    sys::ioctl_bytes(iommu, abi::IOMMU_IOAS_ALLOC, alloc.as_mut_bytes())?;
+    let mut attach = vfio_device_attach_iommufd_pt {
+        argsz: size_of::<vfio_device_attach_iommufd_pt>() as u32,
+        pt_id: alloc[2],
+        ..Default::default()
+    };
+    sys::ioctl(device, abi::VFIO_DEVICE_ATTACH_IOMMUFD_PT, &mut attach)?;
+    Ok(())
+}

@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The command line: what a person can ask for, and the manual page for it.
+
+use std::fmt;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const AFTER_HELP: &str = "\
+The first run on a machine downloads a Debian build root, Debian's own kernel
+and the kernel's source, and prepares them: about 5 minutes and 6 GB for what
+`demo` needs, about 45 minutes on two cores for all that `test` needs. All of it
+is kept in the cache; later runs need no network.
+
+EXIT STATUS
+    0  everything asked for was done, and every test and lint passed
+    1  something failed; the last lines say what and why
+    2  the command line was not understood
+
+ENVIRONMENT
+    MUSER_CACHE           where the cache is (default: $XDG_CACHE_HOME/muser,
+                          or ~/.cache/muser)
+    MUSER_DEBIAN_MIRROR   the Debian mirror to use (default: the one that this
+                          machine's apt uses)
+    MUSER_GUEST_TIMEOUT   seconds that a guest may run before it is ended
+                          (default: 600, with the debug kernel 2400)
+    CARGO_TARGET_DIR      where build output goes (default: target)
+
+FILES
+    tests/kernel/*.config     configuration fragments of the kernels built here
+    tests/e2e/guest/init      what runs first in a guest
+    target/xtask/KERNEL/      muser.ko, the guest's image and its console log
+    target/xtask/log/         the full output of every step";
+
+/// Builds, checks, boots and tests muser.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version, after_help = AFTER_HELP)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Task,
+
+    /// Ask the Debian archive again which kernels there are
+    ///
+    /// Otherwise it is asked when something has to be downloaded anyway, and
+    /// what is in the cache is used as long as it is complete.
+    #[arg(long, global = true)]
+    pub(crate) refresh: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Task {
+    /// Show one device working, from the sysfs write to a client's register read
+    ///
+    /// Builds the module, the library and the samples, boots a kernel in QEMU,
+    /// and explains each step in plain words. About a minute; on a new machine
+    /// about 8 minutes more to prepare.
+    Demo(Boot),
+
+    /// Run every test there is: lints, host tests, and the suite in each kernel
+    ///
+    /// Ends with a list of what failed and why, and the line `N passed, N
+    /// failed`. About 15 minutes when everything is prepared, and less than an
+    /// hour on a new machine with two cores.
+    Test(Test),
+
+    /// Run every lint
+    ///
+    /// Formatting, clippy for the workspace and for the module, rustdoc,
+    /// spelling, licences and advisories of dependencies. About a minute.
+    Check {
+        /// Correct the formatting and the spelling instead of complaining
+        #[arg(long)]
+        fix: bool,
+    },
+
+    /// Prepare a kernel and print its build directory, the KDIR of a module build
+    Kernel {
+        /// Which kernel
+        kernel: Kernel,
+    },
+
+    /// Build muser.ko and print where it is
+    Module {
+        /// The kernel to build for
+        #[arg(long, default_value = "stock")]
+        kernel: Kernel,
+        /// Run the kernel's clippy on it as well
+        #[arg(long)]
+        clippy: bool,
+    },
+
+    /// Run one command in a guest and show what it prints
+    ///
+    /// The guest has muser.ko, every program of samples/, tools/ and tests/e2e
+    /// in /bin, busybox and mdevctl. Exits with the command's status.
+    Run {
+        #[command(flatten)]
+        boot: Boot,
+        /// The command, for example: e2e --list
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+
+    /// Boot a guest with everything in it and give a shell
+    ///
+    /// `exit` powers it off. Ctrl-A X ends QEMU at once.
+    Shell(Boot),
+
+    /// Remove what earlier versions of the sources left in the cache
+    Clean {
+        /// Remove the whole cache
+        #[arg(long)]
+        all: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Boot {
+    /// The kernel to boot
+    #[arg(long, default_value = "stock")]
+    pub(crate) kernel: Kernel,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Test {
+    /// Run only tests whose name contains this; leaves the lints out
+    pub(crate) filter: Option<String>,
+
+    /// The kernel to boot the suite in
+    #[arg(long, default_value = "all")]
+    pub(crate) kernel: Selection,
+
+    /// Leave the lints out
+    #[arg(long)]
+    pub(crate) no_check: bool,
+
+    /// Leave the tests out that need no kernel
+    #[arg(long)]
+    pub(crate) no_host: bool,
+}
+
+/// A kernel that the module is built for and tested in.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub(crate) enum Kernel {
+    /// Debian's own binary kernel, unmodified
+    Stock,
+    /// A small one with IOMMUFD, VFIO character devices and the mtty sample
+    Small,
+    /// The small one with lockdep, KASAN, kmemleak and Rust's debug assertions
+    Debug,
+}
+
+impl Kernel {
+    pub(crate) const ALL: [Self; 3] = [Self::Stock, Self::Small, Self::Debug];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Stock => "stock",
+            Self::Small => "small",
+            Self::Debug => "debug",
+        }
+    }
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// One kernel, or each of them in turn.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub(crate) enum Selection {
+    /// Each of them in turn
+    All,
+    /// Debian's own binary kernel, unmodified
+    Stock,
+    /// A small one with IOMMUFD, VFIO character devices and the mtty sample
+    Small,
+    /// The small one with lockdep, KASAN, kmemleak and Rust's debug assertions
+    Debug,
+    /// None: only what runs on the host
+    None,
+}
+
+impl Selection {
+    pub(crate) fn kernels(self) -> Vec<Kernel> {
+        match self {
+            Self::All => Kernel::ALL.to_vec(),
+            Self::Stock => vec![Kernel::Stock],
+            Self::Small => vec![Kernel::Small],
+            Self::Debug => vec![Kernel::Debug],
+            Self::None => Vec::new(),
+        }
+    }
+}

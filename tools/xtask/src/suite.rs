@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `cargo xtask test`: the lints, the tests of the host, and the suite in each
+//! kernel. A part that fails never keeps the next one from running.
+
+use std::io::{BufRead as _, BufReader};
+use std::time::Instant;
+
+use anyhow::{bail, Context as _, Result};
+
+use crate::check;
+use crate::cli::{Kernel, Test};
+use crate::guest::{Guest, Programs};
+use crate::kernel::Tree;
+use crate::libtest::Output;
+use crate::qemu;
+use crate::report::Report;
+use crate::workbench::Workbench;
+
+/// The test program of tests/e2e.
+const SUITE: &str = "e2e";
+
+/// Runs every test that was asked for.
+pub(crate) fn run(bench: &Workbench, asked: &Test) -> Report {
+    let mut report = Report::default();
+    let filter = asked.filter.as_deref();
+    if !asked.no_check && filter.is_none() {
+        part(&mut report, "check", || check::run(bench, false));
+    }
+    if !asked.no_host {
+        part(&mut report, "host", || host(bench, filter));
+    }
+    let mut programs = None;
+    for kernel in asked.kernel.kernels() {
+        part(&mut report, kernel.name(), || {
+            let programs = match &programs {
+                Some(programs) => programs,
+                None => programs.insert(Programs::build(bench)?),
+            };
+            in_kernel(bench, kernel, programs, filter)
+        });
+    }
+    if report.empty() {
+        let why = "no test has such a name".to_owned();
+        report.fail(
+            &format!("tests named like {:?}", filter.unwrap_or_default()),
+            why,
+        );
+    }
+    report
+}
+
+fn part(report: &mut Report, name: &str, run: impl FnOnce() -> Result<Report>) {
+    println!("\n== {name}");
+    let began = Instant::now();
+    match run() {
+        Ok(result) => {
+            println!("== {name}: {result}");
+            report.add(result);
+        }
+        Err(error) => {
+            println!("== {name}: {error:#}");
+            report.fail(name, format!("{error:#}"));
+        }
+    }
+    report.phase(name, began.elapsed());
+}
+
+fn host(bench: &Workbench, filter: Option<&str>) -> Result<Report> {
+    let (reader, writer) = std::io::pipe()?;
+    let mut cargo = bench.project.cargo();
+    cargo
+        .args(["test", "--workspace", "--no-fail-fast"])
+        .args(filter);
+    cargo.env("CARGO_TERM_COLOR", "never");
+    // One pipe for both, so that a compiler's error stands where it happened.
+    cargo.stdout(writer.try_clone()?).stderr(writer);
+    let mut child = cargo.spawn().context("cannot run cargo test")?;
+    // The command holds the pipe's other end; without this it never closes.
+    drop(cargo);
+    let mut output = Output::default();
+    let mut errors = Vec::new();
+    for line in BufReader::new(reader).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        output.line(&line);
+        if line.starts_with("error") {
+            errors.push(line.into_owned());
+        }
+    }
+    let status = child.wait()?;
+    let mut report = output.into_report("host");
+    if !status.success() && report.ok() {
+        report.fail(
+            "host: cargo test",
+            format!("{status}\n{}", errors.join("\n")),
+        );
+    }
+    Ok(report)
+}
+
+fn in_kernel(
+    bench: &Workbench,
+    kernel: Kernel,
+    programs: &Programs,
+    filter: Option<&str>,
+) -> Result<Report> {
+    if !programs.has(SUITE) {
+        bail!("tests/e2e has no program {SUITE}");
+    }
+    let tree = Tree::prepare(bench, kernel)?;
+    let guest = Guest::prepare(bench, tree, programs)?;
+    // One test at a time: they load and unload the one module there is.
+    let filter = filter.map(qemu::quote).unwrap_or_default();
+    let command = format!("exec {SUITE} --test-threads=1 --color=never {filter}");
+    let mut output = Output::default();
+    println!(
+        "Booting {} and running the suite in it.",
+        guest.tree.release
+    );
+    let outcome = qemu::run(bench, &guest, &command, |line| {
+        println!("{kernel}| {line}");
+        output.line(line);
+    })?;
+    let finished = output.finished();
+    let mut report = output.into_report(kernel.name());
+    if let Some(status) = outcome.status
+        && report.ok()
+        && (status != 0 || !finished)
+    {
+        report.fail(
+            &format!("{kernel}: {SUITE}"),
+            format!("it exited with status {status} and no failed test"),
+        );
+    }
+    let name = format!("{kernel}: kernel log clean");
+    match outcome.complaint() {
+        None => {
+            println!("{kernel}| test kernel log clean ... ok");
+            report.pass();
+        }
+        Some(complaint) => {
+            println!("{kernel}| test kernel log clean ... FAILED");
+            report.fail(&name, complaint);
+        }
+    }
+    Ok(report)
+}
