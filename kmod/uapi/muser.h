@@ -490,7 +490,11 @@ struct muser_irq_state {
     __u32 reserved;
 };
 
-/* Makes the file the server of its device, and describes the device: `muser_attach`. */
+/*
+ * Makes the file the server of its device, and describes the device: `muser_attach`.
+ *
+ * `EBADF` if the file is not open for reading and writing; for other errors see `MUSER_FAULT_*`.
+ */
 #define MUSER_ATTACH _IO(MUSER_IOCTL_TYPE, 0)
 
 /* Replies to a request and takes the next: `muser_next`. */
