@@ -59,6 +59,14 @@ fn holds(process: &Path, nodes: &[PathBuf], device: Option<&Path>) -> bool {
             let Ok(file) = std::fs::read_link(entry.path()) else {
                 return false;
             };
+            // The node of a device that is being removed is gone, and /proc says so.
+            let file = match file
+                .to_str()
+                .and_then(|file| file.strip_suffix(" (deleted)"))
+            {
+                Some(deleted) => PathBuf::from(deleted),
+                None => file,
+            };
             // A file got from a group is anonymous; its fdinfo names the device (Linux 6.18).
             nodes.contains(&file)
                 || file.as_os_str() == "anon_inode:[vfio-device]"
@@ -97,6 +105,7 @@ mod tests {
             (11, "/dev/vfio/4"),
             (22, "anon_inode:[vfio-device]"),
             (33, "/dev/null"),
+            (44, "/dev/vfio/devices/vfio0 (deleted)"),
         ] {
             let process = roots.proc.join(pid.to_string());
             std::fs::create_dir_all(process.join("fd")).unwrap();
@@ -107,9 +116,13 @@ mod tests {
             std::fs::write(process.join("fdinfo/3"), info).unwrap();
         }
 
-        let found = holders(&roots, &[PathBuf::from("/dev/vfio/4")], &device);
+        let nodes = ["/dev/vfio/4", "/dev/vfio/devices/vfio0"].map(PathBuf::from);
+        let found = holders(&roots, &nodes, &device);
 
         let found: Vec<String> = found.iter().map(ToString::to_string).collect();
-        assert_eq!(found, ["name11, pid 11", "name22, pid 22"]);
+        assert_eq!(
+            found,
+            ["name11, pid 11", "name22, pid 22", "name44, pid 44"]
+        );
     }
 }
