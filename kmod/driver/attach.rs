@@ -73,8 +73,13 @@ impl NodeFile {
         attach.fault = MUSER_FAULT_NONE;
         attach.fault_index = 0;
         attach.slot_stride = SLOT_STRIDE;
-        match self.try_attach(&mut attach, wanted) {
-            Ok(()) => attach.write(argument),
+        if attach.slots == 0 {
+            attach.slots = MUSER_DEFAULT_SLOTS;
+        }
+        // What there is to say of a success is known by now: if it can't be said, nothing happens.
+        attach.write(argument)?;
+        match self.try_attach(&attach, wanted) {
+            Ok(()) => Ok(()),
             Err(Refusal::Error(error)) => Err(error),
             Err(Refusal::Fault(fault)) => {
                 if self.device.complaints.is_first(Complaint::Description) {
@@ -93,15 +98,12 @@ impl NodeFile {
         }
     }
 
-    fn try_attach(&self, attach: &mut muser_attach, wanted: u32) -> Result<(), Refusal> {
+    fn try_attach(&self, attach: &muser_attach, wanted: u32) -> Result<(), Refusal> {
         if wanted != MUSER_ABI_VERSION {
             return Err(Fault::new(MUSER_FAULT_VERSION, 0).into());
         }
         if self.attached.as_ref().is_some() {
             return Err(Fault::new(MUSER_FAULT_ATTACHED_SELF, 0).into());
-        }
-        if attach.slots == 0 {
-            attach.slots = MUSER_DEFAULT_SLOTS;
         }
         let limits = [
             (attach.num_regions, MUSER_MAX_REGIONS),

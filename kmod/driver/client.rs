@@ -137,10 +137,12 @@ impl device::Operations for Device {
     fn close(&self) {
         if let Ok(described) = self.described() {
             described.irqs.disable_all();
+            // The kernel serves this memory without the process: it can't wait for its reset.
+            self.memory.clear(&described.arrays());
         }
         self.set_client(false);
         // The next client finds the device as if it had been switched on. Without memory for the
-        // request it finds it as the last one left it.
+        // request it finds the registers as the last one left them.
         match Request::reset(true) {
             Ok(request) => self.perform_later(&request),
             Err(_) => pr_warn!(

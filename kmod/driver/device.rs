@@ -5,7 +5,8 @@
 //!
 //! `state` is a spinlock, held for a few instructions and never over a copy, an allocation or a
 //! wait. The other locks (a request's `data`, an interrupt index's `vectors`, the memory's
-//! `allocating`) are mutexes of which nothing takes two; `state` may be taken inside none of them.
+//! `allocating`) are mutexes of which nothing takes two, and none is held when `state` is taken. The
+//! memory's tree has a spinlock of its own, the only lock that is taken inside another: `allocating`.
 
 use crate::{
     driver::{
@@ -147,6 +148,13 @@ pub(crate) struct State {
     pub(crate) removed: bool,
     /// A client has it open.
     pub(crate) client: bool,
+}
+
+impl State {
+    /// Whether the attachment `owner` is the present one.
+    pub(crate) fn is_served_by(&self, owner: u64) -> bool {
+        matches!(&self.attachment, Some(attachment) if attachment.owner == owner)
+    }
 }
 
 /// Counts events of one kind.
@@ -382,8 +390,11 @@ impl Device {
     /// While a process is attached there is no limit; but a look is due after a time in which it
     /// might have gone away.
     fn patience(&self, start: Moment) -> (Timeout, bool) {
+        self.patience_in(&self.state.lock(), start)
+    }
+
+    fn patience_in(&self, state: &State, start: Moment) -> (Timeout, bool) {
         let ms = self.reattach_timeout_ms.load(Relaxed);
-        let state = self.state.lock();
         if state.attachment.is_some() {
             // Never no time at all, or the look would not end.
             return (Timeout::from_ms(ms.max(1)), false);
@@ -393,17 +404,27 @@ impl Device {
 
     /// Withdraws a request if nobody was there to take it for too long.
     fn give_up(&self, id: Id, start: Moment) -> bool {
-        matches!(self.patience(start), (left, true) if left.is_over()) && self.withdraw(id)
+        // One look at the state and one decision: a process that attaches in between would take the
+        // request, and its reply must find somebody waiting.
+        let withdrawn = {
+            let mut state = self.state.lock();
+            match self.patience_in(&state, start) {
+                (left, true) if left.is_over() => state.requests.withdraw_queued(id),
+                _ => None,
+            }
+        };
+        if withdrawn.is_some() {
+            self.room.wake_one();
+        }
+        withdrawn.is_some()
     }
 
-    /// Takes a request back; says whether it was still queued.
-    fn withdraw(&self, id: Id) -> bool {
+    /// Says that nobody waits for a request any more.
+    fn withdraw(&self, id: Id) {
         let withdrawn = self.state.lock().requests.withdraw(id);
         if let Withdrawn::Removed(_) = withdrawn {
             self.room.wake_one();
-            return true;
         }
-        false
     }
 
     /// Says that a request has left the queue.
@@ -415,11 +436,21 @@ impl Device {
     pub(crate) fn detach(&self, owner: u64) {
         let replays = {
             let mut state = self.state.lock();
+            if !state.is_served_by(owner) {
+                return;
+            }
             state.attachment = None;
             state.detached_since = Moment::now();
             state.requests.owner_gone(owner)
         };
         self.counters.replays.add(u64::from(replays));
+        loop {
+            let poison = self.state.lock().requests.pop_poison(owner);
+            let Some(request) = poison else { break };
+            request.finish(EIO.to_errno());
+        }
+        // Threads of the process which wait for a request find that they are not attached.
+        self.takers.wake_all();
         // Abandoned requests ended, too.
         self.room.wake_all();
         if replays > 0 && self.complaints.is_first(Complaint::Gone) {

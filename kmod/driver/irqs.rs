@@ -270,10 +270,13 @@ impl Irqs {
         self.tell(index, &index.vectors.lock());
     }
 
-    /// Forgets everything a client set up.
+    /// Forgets everything a client set up, and what was raised for it: it is gone.
     pub(crate) fn disable_all(&self) {
         for index in &self.indexes {
             self.disable(index);
+            for vector in index.vectors.lock().iter_mut() {
+                vector.raised = false;
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 //! Device memory: the pages behind mappable areas, which outlive every process that serves them.
 
 use crate::{
+    driver::description::Arrays,
     uapi::*,
     vfio::{
         page::{Charge, SharedPage, PAGE_SIZE},
@@ -89,6 +90,24 @@ impl Memory {
         self.for_each_page(region, offset, len, |page, start, done, part| {
             page.copy_from_user(start, from.wrapping_byte_add(done), part)
         })
+    }
+
+    /// Makes zeroes of all pages that areas of `arrays` have: what one client left there is not for
+    /// the next.
+    pub(crate) fn clear(&self, arrays: &Arrays<'_>) {
+        for region in arrays.regions {
+            let Some((_, areas)) = arrays.region(region.index) else {
+                continue;
+            };
+            let start = u64::from(region.index) << MUSER_MMAP_REGION_SHIFT;
+            for area in areas {
+                let first = (start + area.offset) as usize / PAGE_SIZE;
+                let count = area.size as usize / PAGE_SIZE;
+                for page in (first..first + count).filter_map(|index| self.lookup(index)) {
+                    page.clear();
+                }
+            }
+        }
     }
 
     /// Calls `copy` with each page of a range: the page, where to start in it, the bytes already

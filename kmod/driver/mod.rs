@@ -21,7 +21,7 @@ use crate::{
         class::Class,
         device::Registration,
         mdev::{self, Type},
-        sysfs::{Attribute, File}, //
+        sysfs::{Attribute, Entry, File}, //
     },
 };
 use device::Device;
@@ -69,7 +69,7 @@ impl Driver {
     /// Registers the class, the numbers and both types.
     pub(crate) fn new(module: &'static ThisModule) -> Result<Self> {
         let class = Class::new(c"muser")?;
-        let numbers = Numbers::new(module, class, c"muser", 2 * MAX_DEVICES)?;
+        let numbers = Numbers::new(class, c"muser", 2 * MAX_DEVICES)?;
         let register = |description, bus| {
             let context = Context {
                 bus,
@@ -104,10 +104,9 @@ impl Drop for HangUp {
 impl mdev::Driver for Mdev {
     type Context = Context;
 
-    const ATTRIBUTES: &'static [*const kernel::bindings::attribute] = &[
-        File::<Self, ReattachTimeout>::ATTRIBUTE,
-        File::<Self, MaxMemory>::ATTRIBUTE,
-        core::ptr::null(),
+    const ATTRIBUTES: &'static [Entry<Self>] = &[
+        File::<Self, ReattachTimeout>::ENTRY,
+        File::<Self, MaxMemory>::ENTRY,
     ];
 
     fn probe(parent: &mdev::Device, context: &Context) -> Result<Pin<KBox<Self>>> {

@@ -15,7 +15,7 @@ use crate::{
         page::PAGE_SIZE,
         shared::SharedMemory,
         vm::NewVma,
-        wait::{PollTable, Signals, Timeout, Woken}, //
+        wait::{Signals, Timeout, WaitQueue, Woken}, //
     },
 };
 use core::mem::size_of;
@@ -54,20 +54,22 @@ pub(crate) struct Attached {
 
 /// A struct of the ABI which can come in as an argument.
 pub(crate) trait Argument: FromBytes + IntoBytes + Immutable + Default {
+    /// Bytes of it in version 1 of the ABI: no caller knows less.
+    const FIRST_SIZE: usize;
+
     /// Reads it, by the rules of the ABI for longer and shorter ones.
     fn read(from: UserPtr) -> Result<Self> {
-        let size = UserSlice::new(from, size_of::<u32>())
-            .reader()
-            .read::<u32>()? as usize;
-        if size < size_of::<Self>() {
+        let size = Self::size(from)?;
+        if size < Self::FIRST_SIZE {
             return Err(EINVAL);
         }
         if size > MAX_ARGUMENT {
             return Err(E2BIG);
         }
         let mut argument = Self::default();
+        let known = size.min(size_of::<Self>());
         let mut reader = UserSlice::new(from, size).reader();
-        reader.read_slice(argument.as_mut_bytes())?;
+        reader.read_slice(&mut argument.as_mut_bytes()[..known])?;
         while !reader.is_empty() {
             if reader.read::<u8>()? != 0 {
                 return Err(E2BIG);
@@ -76,18 +78,40 @@ pub(crate) trait Argument: FromBytes + IntoBytes + Immutable + Default {
         Ok(argument)
     }
 
-    /// Writes it back.
+    /// Writes it back, as much of it as the caller knows. `size` is its first field.
     fn write(&self, to: UserPtr) -> Result {
-        UserSlice::new(to, size_of::<Self>())
-            .writer()
-            .write_slice(self.as_bytes())
+        let bytes = self.as_bytes();
+        let known = bytes
+            .first_chunk()
+            .map_or(0, |size| u32::from_ne_bytes(*size) as usize);
+        let bytes = &bytes[..known.min(bytes.len())];
+        UserSlice::new(to, bytes.len()).writer().write_slice(bytes)
+    }
+
+    /// Bytes of it as the caller knows it.
+    fn size(from: UserPtr) -> Result<usize> {
+        let size = UserSlice::new(from, size_of::<u32>())
+            .reader()
+            .read::<u32>()?;
+        Ok(size as usize)
     }
 }
 
-impl Argument for muser_attach {}
-impl Argument for muser_next {}
-impl Argument for muser_trigger {}
-impl Argument for muser_query {}
+impl Argument for muser_attach {
+    const FIRST_SIZE: usize = 72;
+}
+
+impl Argument for muser_next {
+    const FIRST_SIZE: usize = 16;
+}
+
+impl Argument for muser_trigger {
+    const FIRST_SIZE: usize = 32;
+}
+
+impl Argument for muser_query {
+    const FIRST_SIZE: usize = 152;
+}
 
 impl chrdev::Operations for NodeFile {
     type Target = Device;
@@ -113,6 +137,7 @@ impl chrdev::Operations for NodeFile {
             MUSER_NEXT => self.next(file, argument),
             MUSER_TRIGGER => self.trigger(argument),
             MUSER_QUERY => self.query(argument),
+            MUSER_DETACH => self.detach(),
             _ => return Err(ENOTTY),
         }?;
         Ok(0)
@@ -121,7 +146,7 @@ impl chrdev::Operations for NodeFile {
     fn mmap(&self, vma: &NewVma<'_>) -> Result {
         const STATUS: usize = MUSER_MMAP_STATUS as usize / PAGE_SIZE;
         const REGIONS: usize = MUSER_MMAP_REGIONS as usize / PAGE_SIZE;
-        let attached = self.attached()?;
+        let attached = self.serving()?;
         match vma.offset() {
             0 => attached.slots.map(vma),
             STATUS => {
@@ -140,8 +165,11 @@ impl chrdev::Operations for NodeFile {
         }
     }
 
-    fn poll(&self, file: &File, table: &PollTable) -> u32 {
-        table.register(file, &self.device.takers);
+    fn changes(&self) -> &WaitQueue {
+        &self.device.takers
+    }
+
+    fn ready(&self) -> u32 {
         let state = self.device.state.lock();
         if state.removed {
             return POLL_GONE;
@@ -169,8 +197,20 @@ impl Drop for NodeFile {
 }
 
 impl NodeFile {
-    fn attached(&self) -> Result<&Attached> {
-        self.attached.as_ref().ok_or(Errno::ENOTCONN.into())
+    /// What the file got when it attached, if that is not over.
+    fn serving(&self) -> Result<&Attached> {
+        let attached = self.attached.as_ref().ok_or(Errno::ENOTCONN)?;
+        if self.device.state.lock().is_served_by(attached.owner) {
+            Ok(attached)
+        } else {
+            Err(Errno::ENOTCONN.into())
+        }
+    }
+
+    /// `MUSER_DETACH`.
+    fn detach(&self) -> Result {
+        self.device.detach(self.serving()?.owner);
+        Ok(())
     }
 
     /// `MUSER_NEXT`.
@@ -181,7 +221,7 @@ impl NodeFile {
         if next.flags & !known != 0 || asked == 0 || next.reserved != 0 {
             return Err(EINVAL);
         }
-        let attached = self.attached()?;
+        let attached = self.serving()?;
         if asked & MUSER_NEXT_REPLY != 0 {
             self.reply(attached, next.slot)?;
             next.flags &= !MUSER_NEXT_REPLY;
@@ -207,6 +247,9 @@ impl NodeFile {
             if state.removed {
                 return Some(Err(ENODEV));
             }
+            if !state.is_served_by(attached.owner) {
+                return Some(Err(Errno::ENOTCONN.into()));
+            }
             let state = &mut *state;
             let slots = &mut state.attachment.as_mut()?.slots;
             let slot = slots.free()?;
@@ -227,11 +270,14 @@ impl NodeFile {
     /// Puts a request back of which the process could not be told.
     fn untake(&self, slot: u32, id: Id) {
         let mut state = self.device.state.lock();
-        state.requests.untake(id);
-        if let Some(attachment) = &mut state.attachment {
-            attachment.slots.release(slot);
+        // If another thread has replied to it already, the slot is no longer this request's.
+        if state.requests.untake(id) {
+            if let Some(attachment) = &mut state.attachment {
+                attachment.slots.release(slot);
+            }
         }
         drop(state);
+        self.device.left();
         self.device.takers.wake_one();
     }
 
@@ -317,7 +363,7 @@ impl NodeFile {
         if trigger.flags & !MUSER_TRIGGER_LOWER != 0 {
             return Err(EINVAL);
         }
-        self.attached()?;
+        self.serving()?;
         trigger.signalled = self.device.described()?.irqs.trigger(&trigger)?;
         let count = trigger.signalled.count_ones();
         self.device.counters.interrupts.add(u64::from(count));

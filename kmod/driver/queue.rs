@@ -18,6 +18,9 @@ use core::{
     ops::DerefMut, //
 };
 
+/// How often a request may take its process with it before it is given up.
+pub(crate) const MAX_REPLAYS: u32 = 64;
+
 /// The number of a request: never used twice in the life of a queue, and ascending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Id(u64);
@@ -68,7 +71,7 @@ enum State {
 pub(crate) struct Entry<T> {
     id: Id,
     state: State,
-    replay: bool,
+    replays: u32,
     /// The next queued entry; meaningless in any other state.
     next: Option<u16>,
     payload: T,
@@ -167,7 +170,7 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
         self.entries[index] = Some(Entry {
             id,
             state: State::Queued,
-            replay: false,
+            replays: 0,
             next: None,
             payload,
         });
@@ -183,7 +186,7 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
         entry.state = State::Taken(holder);
         let taken = Taken {
             id: entry.id,
-            replay: entry.replay,
+            replay: entry.replays > 0,
             payload: entry.payload.clone(),
         };
         if self.head.is_none() {
@@ -235,6 +238,14 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
         Ok(payload)
     }
 
+    /// Takes a request back if nobody has taken it, and otherwise leaves it alone.
+    pub(crate) fn withdraw_queued(&mut self, id: Id) -> Option<T> {
+        match self.entry(id)?.state {
+            State::Queued => self.remove(id),
+            State::Taken(_) | State::Abandoned(_) => None,
+        }
+    }
+
     /// Says that the client of a request no longer waits for it.
     pub(crate) fn withdraw(&mut self, id: Id) -> Withdrawn<T> {
         let Some(entry) = self.entry(id) else {
@@ -254,6 +265,9 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
 
     /// Puts back what `owner` took, each request in its original place and marked as a replay;
     /// those nobody waits for end. Returns how many were put back.
+    ///
+    /// A request that was put back [`MAX_REPLAYS`] times already is not: it may be what ends its
+    /// processes. It stays with the owner who is gone, for [`Queue::pop_poison`].
     pub(crate) fn owner_gone(&mut self, owner: u64) -> u32 {
         let mut replays = 0;
         for index in 0..self.entries.len() {
@@ -262,8 +276,11 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
             };
             match entry.state {
                 State::Taken(holder) if holder.owner == owner => {
+                    if entry.replays >= MAX_REPLAYS {
+                        continue;
+                    }
                     entry.state = State::Queued;
-                    entry.replay = true;
+                    entry.replays += 1;
                     self.taken -= 1;
                     self.insert(index as u16);
                     replays += 1;
@@ -276,6 +293,19 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
             }
         }
         replays
+    }
+
+    /// Ends a request which `owner`, who is gone, was not relieved of.
+    pub(crate) fn pop_poison(&mut self, owner: u64) -> Option<T> {
+        let id = self
+            .entries
+            .iter()
+            .flatten()
+            .find_map(|entry| match entry.state {
+                State::Taken(holder) if holder.owner == owner => Some(entry.id),
+                _ => None,
+            })?;
+        self.remove(id)
     }
 
     /// Ends the oldest request, whatever its state, and hands its payload back.

@@ -185,7 +185,10 @@
 /* `muser_slot.kind`: reset the device to the state it has after power-on. */
 #define MUSER_REQUEST_RESET 3u
 
-/* `muser_slot.flags`: a process took this request before and went away without a reply. */
+/*
+ * `muser_slot.flags`: a process took this request before and went away without a reply. A request
+ * that 64 processes in a row went away with fails with `EIO`.
+ */
 #define MUSER_REQUEST_REPLAY (1u << 0)
 
 /* `muser_slot.flags`: a reset because the last client closed the device, so nobody waits for it. */
@@ -351,7 +354,8 @@ struct muser_slot {
  * | `ENOSPC`    | `slot` is not below the number of slots                                   |
  * | `ENOENT`    | no request with the id in the slot is known: it was never made, or ended  |
  * | `ENOMSG`    | the request exists, but nobody has taken it                               |
- * | `EPERM`     | the request was taken by another file                                     |
+ * | `EPERM`     | another file took the request, and is attached together with this one (so |
+ * |             | far one is at a time: a file that is not attached gets `ENOTCONN`)        |
  * | `EBADSLT`   | the request was taken by this file, in another slot                       |
  * | `ERANGE`    | `result` is neither 0 nor a negated errno                                 |
  * | `ECANCELED` | the client was killed while it waited; the request has ended all the same |
@@ -505,5 +509,12 @@ struct muser_irq_state {
 
 /* Asks for the state of the device: `muser_query`. */
 #define MUSER_QUERY _IO(MUSER_IOCTL_TYPE, 3)
+
+/*
+ * Ends the attachment of this file: what it took and did not answer goes back into the queue, and
+ * its threads which wait in `MUSER_NEXT` get `ENOTCONN`. It takes no argument, and the file can't
+ * attach again. Closing the file's last descriptor, with all mappings of it gone, does the same.
+ */
+#define MUSER_DETACH _IO(MUSER_IOCTL_TYPE, 4)
 
 #endif /* _MUSER_H */

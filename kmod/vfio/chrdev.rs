@@ -5,7 +5,7 @@
 //!
 //! C headers: `include/linux/cdev.h`, `include/linux/fs.h`, `include/linux/idr.h`.
 
-use super::{bindings, class::Class, mdev, vm::NewVma, wait::PollTable};
+use super::{bindings, class::Class, mdev, vm::NewVma, wait::WaitQueue};
 use core::{
     marker::PhantomData,
     mem::offset_of,
@@ -39,8 +39,11 @@ pub(crate) trait Operations: Sized + Send + Sync + 'static {
     /// Sets up a mapping.
     fn mmap(&self, vma: &NewVma<'_>) -> Result;
 
-    /// Says what the file is ready for, and registers what will change that.
-    fn poll(&self, file: &File, table: &PollTable) -> u32;
+    /// Where to wait for a change of [`Operations::ready`]. It lives as long as the file.
+    fn changes(&self) -> &WaitQueue;
+
+    /// Says what the file is ready for: `POLL_*`.
+    fn ready(&self) -> u32;
 }
 
 /// A range of device numbers for nodes of one kind.
@@ -49,7 +52,6 @@ pub(crate) struct Numbers {
     first: bindings::dev_t,
     count: u32,
     class: Class,
-    module: &'static ThisModule,
     #[pin]
     minors: Opaque<bindings::ida>,
 }
@@ -61,12 +63,7 @@ unsafe impl Sync for Numbers {}
 
 impl Numbers {
     /// Reserves numbers for `count` nodes at a time, in `class`.
-    pub(crate) fn new(
-        module: &'static ThisModule,
-        class: Class,
-        name: &'static CStr,
-        count: u32,
-    ) -> Result<Arc<Self>> {
+    pub(crate) fn new(class: Class, name: &'static CStr, count: u32) -> Result<Arc<Self>> {
         let mut first = 0;
         // SAFETY: `first` is valid for writes, and the name lives for ever.
         to_result(unsafe {
@@ -77,7 +74,6 @@ impl Numbers {
                 first,
                 count,
                 class,
-                module,
                 // SAFETY: `slot` is valid for writes.
                 minors <- Opaque::ffi_init(|slot| unsafe { bindings::muser_ida_init(slot) }),
             }),
@@ -178,9 +174,8 @@ impl<O: Operations> Node<O> {
         }
         // SAFETY: The cdev is zeroed, and the operations live for ever.
         unsafe { bindings::cdev_init(cdev, VTable::<O>::FILE_OPERATIONS) };
-        // The operations are one constant for all modules, so the owner is set here.
         // SAFETY: Not registered yet.
-        unsafe { (*cdev).owner = numbers.module.as_ptr() };
+        unsafe { (*cdev).owner = VTable::<O>::FILE_OPERATIONS.owner };
         // INVARIANT: Registered below, or dropped with only the reference to put.
         let result = (|| {
             // SAFETY: The device is initialised and the name is copied.
@@ -212,6 +207,11 @@ impl<O: Operations> Drop for Node<O> {
     }
 }
 
+extern "C" {
+    /// The module itself, `THIS_MODULE` of `<linux/export.h>`, for its address.
+    static __this_module: Opaque<u8>;
+}
+
 struct VTable<O>(PhantomData<O>);
 
 impl<O: Operations> VTable<O> {
@@ -223,6 +223,8 @@ impl<O: Operations> VTable<O> {
     };
 
     const FILE_OPERATIONS: &'static bindings::file_operations = &bindings::file_operations {
+        // `__fput` looks at this after it has given back everything else of the file's.
+        owner: (&raw const __this_module).cast_mut().cast(),
         open: Some(Self::open),
         release: Some(Self::release),
         unlocked_ioctl: Some(Self::ioctl),
@@ -353,8 +355,10 @@ impl<O: Operations> VTable<O> {
         let state = unsafe { <Pin<KBox<O>>>::borrow((*file).private_data) };
         // SAFETY: As in `ioctl`.
         let file = unsafe { File::from_raw_file(file) };
-        // SAFETY: The core passes its table.
-        state.poll(file, &unsafe { PollTable::from_raw(table) })
+        // SAFETY: The core passes its table. The state lives as long as the file, and is never
+        // borrowed mutably, so the queue is the same one for all that time.
+        unsafe { Pin::get_ref(state).changes().register(file, table) };
+        state.ready()
     }
 }
 

@@ -59,12 +59,18 @@ pub(crate) trait Signalled: Send + Sync + 'static {
 ///
 /// Dropping waits for a call of [`Signalled::signalled`] in progress: no lock which that takes may
 /// be held.
-pub(crate) struct Listener<T: Signalled>(Pin<KBox<Inner<T>>>);
+pub(crate) struct Listener<T: Signalled> {
+    _inner: Pin<KBox<Inner<T>>>,
+}
 
 #[pin_data(PinnedDrop)]
 struct Inner<T: Signalled> {
     // `vfio_virqfd_enable` keeps the address of this, hence the pinning.
     virqfd: core::cell::UnsafeCell<*mut bindings::virqfd>,
+    #[cfg_attr(
+        not(CONFIG_VFIO_VIRQFD),
+        expect(dead_code, reason = "nothing calls it")
+    )]
     target: T,
     #[pin]
     _pinned: core::marker::PhantomPinned,
@@ -105,19 +111,13 @@ impl<T: Signalled> Listener<T> {
                 fd,
             )
         })?;
-        Ok(Self(inner))
+        Ok(Self { _inner: inner })
     }
 
     /// Listens to nothing: this kernel has no `CONFIG_VFIO_VIRQFD`.
     #[cfg(not(CONFIG_VFIO_VIRQFD))]
     pub(crate) fn new(_fd: i32, _target: T) -> Result<Self> {
         Err(ENOTTY)
-    }
-
-    /// What is called.
-    #[expect(dead_code, reason = "keeps the box in use on kernels without virqfd")]
-    fn target(&self) -> &T {
-        &self.0.target
     }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-/* C for what Rust can't call: static inlines and macros. No logic lives here. */
+/* C for what Rust can't call: static inlines, macros, and loops over them. */
 #include <linux/cred.h>
 #include <linux/fs.h>
 #include <linux/jiffies.h>
@@ -71,6 +71,16 @@ int muser_map_shared(struct vm_area_struct *vma, void *memory, size_t size)
 			return ret;
 	}
 	return 0;
+}
+
+void muser_copy(void *to, const void *from, size_t len)
+{
+	memcpy(to, from, len);
+}
+
+void muser_clear(void *memory, size_t len)
+{
+	memset(memory, 0, len);
 }
 
 bool muser_fatal_signal_pending(void)

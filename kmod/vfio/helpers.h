@@ -41,6 +41,10 @@ void *muser_alloc_shared(size_t size);
 void muser_free_shared(void *memory);
 int muser_map_shared(struct vm_area_struct *vma, void *memory, size_t size);
 
+/* plain copies of memory which others change meanwhile: C allows what Rust does not */
+void muser_copy(void *to, const void *from, size_t len);
+void muser_clear(void *memory, size_t len);
+
 /* waiting */
 bool muser_fatal_signal_pending(void);
 u64 muser_jiffies(void);

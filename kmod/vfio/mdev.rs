@@ -3,7 +3,7 @@
 //!
 //! C header: `include/linux/mdev.h`.
 
-use super::bindings;
+use super::{bindings, sysfs};
 use core::{
     marker::PhantomData,
     ptr::null_mut, //
@@ -20,8 +20,8 @@ pub(crate) trait Driver: Sized + Send + Sync + 'static {
     /// What all devices of a type share.
     type Context: Send + Sync + 'static;
 
-    /// `vfio::sysfs::File::ATTRIBUTE` of each attribute, and null.
-    const ATTRIBUTES: &'static [*const bindings::attribute];
+    /// `vfio::sysfs::File::ENTRY` of each attribute.
+    const ATTRIBUTES: &'static [sysfs::Entry<Self>];
 
     /// Makes a device, in the process which wrote to `create`. Dropping the value unmakes it, and
     /// may wait for its users.
@@ -85,6 +85,8 @@ struct Inner<D: Driver> {
     types: Opaque<[*mut bindings::mdev_type; 1]>,
     groups: Opaque<[*const bindings::attribute_group; 2]>,
     group: Opaque<bindings::attribute_group>,
+    /// Ends with null, as C wants it.
+    attributes: KVec<*const bindings::attribute>,
     description: &'static Type,
     context: D::Context,
     device: *mut bindings::device,
@@ -103,6 +105,11 @@ impl<D: Driver> Registration<D> {
         description: &'static Type,
         context: D::Context,
     ) -> Result<Self> {
+        let mut attributes = KVec::new();
+        for entry in D::ATTRIBUTES {
+            attributes.push(entry.as_ptr(), GFP_KERNEL)?;
+        }
+        attributes.push(core::ptr::null(), GFP_KERNEL)?;
         let inner = Pin::from(KBox::new(
             Inner {
                 driver: Opaque::zeroed(),
@@ -111,6 +118,7 @@ impl<D: Driver> Registration<D> {
                 types: Opaque::zeroed(),
                 groups: Opaque::zeroed(),
                 group: Opaque::zeroed(),
+                attributes,
                 description,
                 context,
                 device: null_mut(),
@@ -164,7 +172,7 @@ impl<D: Driver> Registration<D> {
         let description = inner.description;
         // SAFETY: Nobody else knows of these structs yet; likewise below.
         let group = unsafe { &mut *inner.group.get() };
-        group.__bindgen_anon_2.attrs = D::ATTRIBUTES.as_ptr().cast_mut().cast();
+        group.__bindgen_anon_2.attrs = inner.attributes.as_ptr().cast_mut().cast();
         // SAFETY: As above.
         unsafe { *inner.groups.get() = [inner.group.get(), core::ptr::null()] };
 

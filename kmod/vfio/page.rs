@@ -126,6 +126,12 @@ impl SharedPage {
         }
     }
 
+    /// Makes zeroes of it.
+    pub(crate) fn clear(&self) {
+        // SAFETY: The page is alive, and a page long. Who has it mapped may look on.
+        unsafe { bindings::muser_clear(self.address(0).cast(), PAGE_SIZE) };
+    }
+
     fn load(&self, offset: usize, len: usize) -> Option<u64> {
         if !is_single(offset, len) {
             return None;

@@ -64,7 +64,7 @@ impl SharedMemory {
         let from = self.at(offset, to.len())?;
         // SAFETY: Both are valid for the length. The process may change the source while it is
         // copied: the copy has some bytes then, and any will do.
-        unsafe { core::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
+        unsafe { bindings::muser_copy(to.as_mut_ptr().cast(), from.cast(), to.len()) };
         Ok(())
     }
 
@@ -72,7 +72,7 @@ impl SharedMemory {
     pub(crate) fn write(&self, offset: usize, from: &[u8]) -> Result {
         let to = self.at(offset, from.len())?;
         // SAFETY: Both are valid for the length. The process may look at the target meanwhile.
-        unsafe { core::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
+        unsafe { bindings::muser_copy(to.cast(), from.as_ptr().cast(), from.len()) };
         Ok(())
     }
 

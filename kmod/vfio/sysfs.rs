@@ -22,12 +22,26 @@ pub(crate) trait Attribute<D>: 'static {
     fn store(device: &D, value: u64) -> Result;
 }
 
+/// An attribute of the devices of mdev driver `D`.
+///
+/// # Invariants
+///
+/// The pointer is to an attribute that lives for ever, and works on devices bound to `D`.
+pub(crate) struct Entry<D>(*const bindings::attribute, PhantomData<D>);
+
+impl<D> Entry<D> {
+    /// What an attribute group lists.
+    pub(super) const fn as_ptr(&self) -> *const bindings::attribute {
+        self.0
+    }
+}
+
 /// The C struct for attribute `A` of the devices of mdev driver `D`.
 pub(crate) struct File<D, A>(PhantomData<(D, A)>);
 
 impl<D: mdev::Driver, A: Attribute<D>> File<D, A> {
-    /// What an attribute group lists.
-    pub(crate) const ATTRIBUTE: *const bindings::attribute = &raw const Self::C.attr;
+    /// What a driver lists.
+    pub(crate) const ENTRY: Entry<D> = Entry(&raw const Self::C.attr, PhantomData);
 
     #[allow(clippy::needless_update, reason = "lockdep adds fields")]
     const C: &'static bindings::device_attribute = &bindings::device_attribute {

@@ -23,8 +23,7 @@ pub(crate) trait Pager {
     /// What the mapping keeps alive.
     type Data: Send + Sync + 'static;
 
-    /// Gives the page for an offset in the file, in pages; an error kills the toucher with SIGBUS,
-    /// but for `ENOMEM`.
+    /// Gives the page for an offset in the file, in pages; an error is a SIGBUS.
     fn page(data: &Self::Data, offset: usize) -> Result<SharedPage>;
 }
 
@@ -134,7 +133,8 @@ impl<P: Pager> VTable<P> {
                 unsafe { (*vmf).page = page.into_raw() };
                 0
             }
-            Err(error) if error == ENOMEM => bindings::vm_fault_reason_VM_FAULT_OOM,
+            // Also without memory: out-of-memory handling would look for it in the cgroup of who
+            // touches the page, and it is another's that is full.
             Err(_) => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
         }
     }

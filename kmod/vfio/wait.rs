@@ -134,6 +134,9 @@ impl WaitQueue {
         timeout: Timeout,
         mut condition: impl FnMut() -> Option<R>,
     ) -> Woken<R> {
+        if timeout.is_over() {
+            return condition().map_or(Woken::TimedOut, Woken::Ready);
+        }
         let state = match signals {
             Signals::Fatal => bindings::muser_constants_MUSER_TASK_KILLABLE,
             Signals::Any => bindings::muser_constants_MUSER_TASK_INTERRUPTIBLE,
@@ -159,7 +162,24 @@ impl WaitQueue {
         };
         // SAFETY: As for `prepare_to_wait_exclusive`.
         unsafe { bindings::finish_wait(self.head.get(), entry.get()) };
+        if !matches!(woken, Woken::Ready(_)) {
+            // This waiter may have been chosen by a `wake_one` in the meantime, instead of another.
+            self.wake_one();
+        }
         woken
+    }
+}
+
+impl WaitQueue {
+    /// Has `file`'s poller woken.
+    ///
+    /// # Safety
+    ///
+    /// `table` must be what the `poll` operation of `file` was called with, and the queue must live
+    /// as long as the file.
+    pub(super) unsafe fn register(&self, file: &File, table: *mut bindings::poll_table) {
+        // SAFETY: By the safety requirements.
+        unsafe { bindings::poll_wait(file.as_ptr(), self.head.get(), table) };
     }
 }
 
@@ -168,29 +188,6 @@ fn signal_pending(signals: Signals) -> bool {
         // SAFETY: Looks at the current task.
         Signals::Fatal => unsafe { bindings::muser_fatal_signal_pending() },
         Signals::Any => kernel::current!().signal_pending(),
-    }
-}
-
-/// The table in which `poll` collects what to wait for.
-///
-/// # Invariants
-///
-/// The pointer is null or valid for the duration of the `poll` call.
-pub(crate) struct PollTable(*mut bindings::poll_table);
-
-impl PollTable {
-    /// # Safety
-    ///
-    /// `table` must be what a `poll` file operation was called with, and not be used after it.
-    pub(super) unsafe fn from_raw(table: *mut bindings::poll_table) -> Self {
-        // INVARIANT: By the safety requirements.
-        Self(table)
-    }
-
-    /// Has `file`'s poller woken by `queue`. The queue must live as long as the file.
-    pub(crate) fn register(&self, file: &File, queue: &WaitQueue) {
-        // SAFETY: File and queue are valid, and the table is by the invariant.
-        unsafe { bindings::poll_wait(file.as_ptr(), queue.head.get(), self.0) };
     }
 }
 

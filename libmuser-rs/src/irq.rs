@@ -8,7 +8,7 @@ use vfio_bindings::bindings::vfio;
 
 use crate::error::{Errno, Error, Result};
 use crate::pci::function::{Eventfds, Function, Signal};
-use crate::transport::Trigger;
+use crate::transport::{Description, Trigger};
 
 /// A function and the way out for its interrupts, shared by the server and interrupt handles.
 ///
@@ -24,6 +24,14 @@ impl Shared {
         Self {
             function: Mutex::new(function),
             trigger,
+        }
+    }
+
+    /// Lowers the line, which a process before this one may have left up.
+    pub(crate) fn settle(&self, description: &Description) -> Result<()> {
+        match description.irq(vfio::VFIO_PCI_INTX_IRQ_INDEX) {
+            Some(_) => self.send(Signal::Line(false)),
+            None => Ok(()),
         }
     }
 

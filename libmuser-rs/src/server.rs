@@ -66,6 +66,7 @@ impl<D: Device> Server<D> {
     ) -> Result<Self> {
         let attachment = transport.attach(model.description())?;
         let shared = Arc::new(Shared::new(model.function(), attachment.trigger));
+        shared.settle(model.description())?;
         let interrupts = Interrupts::new(Arc::clone(&shared), model.vectors(), model.is_express());
         let device = device(&Bus::new(interrupts, attachment.memory))?;
         let transport = Box::new(transport);

@@ -11,7 +11,7 @@ use std::ptr::NonNull;
 
 use muser_uapi::{
     muser_area, muser_attach, muser_irq, muser_next, muser_region, muser_trigger, MUSER_ATTACH,
-    MUSER_NEXT, MUSER_TRIGGER,
+    MUSER_DETACH, MUSER_NEXT, MUSER_TRIGGER,
 };
 use nix::errno::Errno;
 use nix::sys::mman::{mmap, munmap, MapFlags, ProtFlags};
@@ -109,6 +109,12 @@ pub(crate) fn next(node: BorrowedFd<'_>, next: &mut muser_next) -> Result<(), Er
     // SAFETY: The ioctl takes a `muser_next`, which has no pointers. It writes to slots, which are
     // accessed by volatile accesses only.
     unsafe { ioctl(node, MUSER_NEXT, next) }
+}
+
+/// `MUSER_DETACH`.
+pub(crate) fn detach(node: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: The ioctl takes no argument.
+    unsafe { ioctl(node, MUSER_DETACH, &mut ()) }
 }
 
 /// `MUSER_TRIGGER`.

@@ -231,7 +231,8 @@ pub const MUSER_REQUEST_WRITE: u32 = 2;
 /// `muser_slot.kind`: reset the device to the state it has after power-on.
 pub const MUSER_REQUEST_RESET: u32 = 3;
 
-/// `muser_slot.flags`: a process took this request before and went away without a reply.
+/// `muser_slot.flags`: a process took this request before and went away without a reply. A request
+/// that 64 processes in a row went away with fails with `EIO`.
 pub const MUSER_REQUEST_REPLAY: u32 = 1 << 0;
 /// `muser_slot.flags`: a reset because the last client closed the device, so nobody waits for it.
 pub const MUSER_REQUEST_CLOSE: u32 = 1 << 1;
@@ -287,7 +288,8 @@ pub const MUSER_NEXT_NONBLOCK: u32 = 1 << 2;
 /// | `ENOSPC`    | `slot` is not below the number of slots                                   |
 /// | `ENOENT`    | no request with the id in the slot is known: it was never made, or ended  |
 /// | `ENOMSG`    | the request exists, but nobody has taken it                               |
-/// | `EPERM`     | the request was taken by another file                                     |
+/// | `EPERM`     | another file took the request, and is attached together with this one (so |
+/// |             | far one is at a time: a file that is not attached gets `ENOTCONN`)        |
 /// | `EBADSLT`   | the request was taken by this file, in another slot                       |
 /// | `ERANGE`    | `result` is neither 0 nor a negated errno                                 |
 /// | `ECANCELED` | the client was killed while it waited; the request has ended all the same |
@@ -484,6 +486,11 @@ pub const MUSER_NEXT: u32 = io(1);
 pub const MUSER_TRIGGER: u32 = io(2);
 /// Asks for the state of the device: [`muser_query`].
 pub const MUSER_QUERY: u32 = io(3);
+
+/// Ends the attachment of this file: what it took and did not answer goes back into the queue, and
+/// its threads which wait in [`MUSER_NEXT`] get `ENOTCONN`. It takes no argument, and the file can't
+/// attach again. Closing the file's last descriptor, with all mappings of it gone, does the same.
+pub const MUSER_DETACH: u32 = io(4);
 
 /// Offset at which an attached process maps its slots.
 pub const MUSER_MMAP_SLOTS: u64 = 0;

@@ -210,6 +210,19 @@ impl KernelTransport {
     }
 }
 
+/// The attachment ends here, whatever handles to interrupts and memory the device has given away.
+impl Drop for KernelTransport {
+    fn drop(&mut self) {
+        if self.slots.is_none() {
+            return;
+        }
+        match sys::detach(self.node.as_fd()) {
+            Ok(()) | Err(Number::ENODEV) => {}
+            Err(errno) => log::warn!("detaching from the device: {errno}"),
+        }
+    }
+}
+
 impl AsFd for KernelTransport {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.node.as_fd()

@@ -90,24 +90,44 @@ fn each_fault_is_found_where_it_is() {
     spoilt(|s| s.regions[1].reserved = 1, MUSER_FAULT_REGION_FLAGS, 1);
     spoilt(|s| s.regions[1].size = 0, MUSER_FAULT_REGION_SIZE, 1);
     spoilt(|s| s.regions[2].size = 512, MUSER_FAULT_REGION_SIZE, 2);
-    spoilt(|s| s.regions[1].size = (1 << 40) + 1, MUSER_FAULT_REGION_OVERFLOW, 1);
+    spoilt(
+        |s| s.regions[1].size = (1 << 40) + 1,
+        MUSER_FAULT_REGION_OVERFLOW,
+        1,
+    );
     spoilt(|s| s.regions[0].num_areas = 1, MUSER_FAULT_AREA_COUNT, 3);
     spoilt(|s| s.regions[1].num_areas = 1, MUSER_FAULT_AREA_COUNT, 1);
-    spoilt(|s| s.regions[1].num_areas = u32::MAX, MUSER_FAULT_AREA_COUNT, 1);
+    spoilt(
+        |s| s.regions[1].num_areas = u32::MAX,
+        MUSER_FAULT_AREA_COUNT,
+        1,
+    );
     spoilt(|s| s.areas[1].flags = 0, MUSER_FAULT_AREA_FLAGS, 1);
     spoilt(|s| s.areas[1].flags = 3, MUSER_FAULT_AREA_FLAGS, 1);
     spoilt(|s| s.areas[1].reserved = 1, MUSER_FAULT_AREA_FLAGS, 1);
     spoilt(|s| s.areas[0].size = 0, MUSER_FAULT_AREA_ALIGN, 0);
     spoilt(|s| s.areas[0].size = 100, MUSER_FAULT_AREA_ALIGN, 0);
-    spoilt(|s| s.areas[1].offset = 2 * PAGE + 8, MUSER_FAULT_AREA_ALIGN, 1);
+    spoilt(
+        |s| s.areas[1].offset = 2 * PAGE + 8,
+        MUSER_FAULT_AREA_ALIGN,
+        1,
+    );
     spoilt(|s| s.areas[1].size = 3 * PAGE, MUSER_FAULT_AREA_OVERFLOW, 1);
-    spoilt(|s| s.areas[1].offset = u64::MAX - PAGE + 1, MUSER_FAULT_AREA_OVERFLOW, 1);
+    spoilt(
+        |s| s.areas[1].offset = u64::MAX - PAGE + 1,
+        MUSER_FAULT_AREA_OVERFLOW,
+        1,
+    );
     spoilt(|s| s.areas[1].offset = 0, MUSER_FAULT_AREA_OVERLAP, 1);
     spoilt(|s| s.areas[0].size = 3 * PAGE, MUSER_FAULT_AREA_OVERLAP, 1);
     spoilt(|s| s.irqs[1].index = 5, MUSER_FAULT_IRQ_INDEX, 1);
     spoilt(|s| s.irqs[1].index = 0, MUSER_FAULT_IRQ_INDEX, 1);
     spoilt(|s| s.irqs[0].flags = 16, MUSER_FAULT_IRQ_FLAGS, 0);
-    spoilt(|s| s.irqs[0].flags = MUSER_IRQ_AUTOMASKED, MUSER_FAULT_IRQ_FLAGS, 0);
+    spoilt(
+        |s| s.irqs[0].flags = MUSER_IRQ_AUTOMASKED,
+        MUSER_FAULT_IRQ_FLAGS,
+        0,
+    );
     spoilt(|s| s.irqs[0].reserved = 1, MUSER_FAULT_IRQ_FLAGS, 0);
     spoilt(|s| s.irqs[0].count = 0, MUSER_FAULT_IRQ_COUNT, 0);
     spoilt(|s| s.irqs[1].count = 2049, MUSER_FAULT_IRQ_COUNT, 1);
@@ -144,9 +164,18 @@ fn different_device_is_told_by_array() {
     };
 
     assert_eq!(differs(|_| {}), Ok(()));
-    assert_eq!(differs(|s| s.regions[1].size = 101), Err(Fault::new(MUSER_FAULT_DIFFERS, 0)));
-    assert_eq!(differs(|s| s.areas[0].size = 1), Err(Fault::new(MUSER_FAULT_DIFFERS, 1)));
-    assert_eq!(differs(|s| s.irqs[0].count = 2), Err(Fault::new(MUSER_FAULT_DIFFERS, 2)));
+    assert_eq!(
+        differs(|s| s.regions[1].size = 101),
+        Err(Fault::new(MUSER_FAULT_DIFFERS, 0))
+    );
+    assert_eq!(
+        differs(|s| s.areas[0].size = 1),
+        Err(Fault::new(MUSER_FAULT_DIFFERS, 1))
+    );
+    assert_eq!(
+        differs(|s| s.irqs[0].count = 2),
+        Err(Fault::new(MUSER_FAULT_DIFFERS, 2))
+    );
 }
 
 #[test]

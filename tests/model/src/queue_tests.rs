@@ -2,7 +2,7 @@
 //! The queue of requests: single steps, every history of a few steps, and long random ones, each
 //! against a model that keeps a plain list.
 
-use crate::queue::{Entry, Holder, Id, Queue, ReplyError, Taken, Withdrawn};
+use crate::queue::{Entry, Holder, Id, Queue, ReplyError, Taken, Withdrawn, MAX_REPLAYS};
 use proptest::prelude::*;
 
 const PLACES: usize = 3;
@@ -104,6 +104,40 @@ fn owner_gone_replays_in_original_order() {
     assert_eq!(order, [(1, true), (3, true), (4, false)]);
 }
 
+/// A client whose patience ends in the very moment in which a process takes its request keeps waiting.
+#[test]
+fn giving_up_a_taken_request_leaves_it_answerable() {
+    let mut queue = queue(1);
+    let id = queue.push(5).unwrap();
+    queue.take(holder(1, 0)).unwrap();
+
+    assert_eq!(queue.withdraw_queued(id), None);
+
+    assert_eq!(queue.reply(id, holder(1, 0)), Ok(5));
+    assert_eq!(queue.withdraw_queued(id), None);
+}
+
+#[test]
+fn request_that_ends_its_processes_is_given_up() {
+    let mut queue = queue(2);
+    let poison = queue.push(5).unwrap();
+    for owner in 0..u64::from(MAX_REPLAYS) {
+        assert_eq!(queue.take(holder(owner, 0)).unwrap().id, poison);
+        assert_eq!(queue.owner_gone(owner), 1);
+        assert_eq!(queue.pop_poison(owner), None);
+    }
+    let last = u64::from(MAX_REPLAYS);
+    queue.push(6).unwrap();
+    queue.take(holder(last, 0)).unwrap();
+
+    assert_eq!(queue.owner_gone(last), 0);
+
+    assert_eq!(queue.pop_poison(last), Some(5));
+    assert_eq!(queue.pop_poison(last), None);
+    assert_eq!(queue.take(holder(last + 1, 0)).unwrap().payload, 6);
+    assert_eq!(queue.taken(), 1);
+}
+
 #[test]
 fn untake_is_no_replay() {
     let mut queue = queue(2);
@@ -135,6 +169,7 @@ enum Step {
     Untake { nth: usize },
     Reply { nth: usize, owner: u64 },
     Withdraw { nth: usize },
+    GiveUp { nth: usize },
     OwnerGone { owner: u64 },
     Pop,
 }
@@ -226,6 +261,14 @@ fn run(steps: &[Step], places: usize) {
                 };
                 assert_eq!(queue.withdraw(id), expected, "{steps:?}");
             }
+            Step::GiveUp { nth } => {
+                let id = id_of(&made, nth);
+                let at = model
+                    .iter()
+                    .position(|request| request.id == id && request.holder.is_none());
+                let expected = at.map(|at| model.remove(at).payload);
+                assert_eq!(queue.withdraw_queued(id), expected, "{steps:?}");
+            }
             Step::OwnerGone { owner } => {
                 let gone = |request: &Model| request.holder.is_some_and(|held| held.owner == owner);
                 model.retain(|request| !(gone(request) && request.abandoned));
@@ -245,7 +288,11 @@ fn run(steps: &[Step], places: usize) {
         }
         let queued = model.iter().filter(|request| request.holder.is_none());
         let last = queued.clone().max_by_key(|request| request.id);
-        assert_eq!(queue.last_queued(), last.map(|request| &request.payload), "{steps:?}");
+        assert_eq!(
+            queue.last_queued(),
+            last.map(|request| &request.payload),
+            "{steps:?}"
+        );
         let queued = queued.count();
         assert_eq!(queue.queued() as usize, queued, "{steps:?}");
         assert_eq!(queue.taken() as usize, model.len() - queued, "{steps:?}");
@@ -262,6 +309,7 @@ fn alphabet() -> Vec<Step> {
     for nth in 0..PLACES {
         steps.push(Step::Untake { nth });
         steps.push(Step::Withdraw { nth });
+        steps.push(Step::GiveUp { nth });
         steps.push(Step::Reply { nth, owner: 1 });
     }
     steps
@@ -310,6 +358,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..60usize).prop_map(|nth| Step::Untake { nth }),
         4 => (0..60usize, 1..4u64).prop_map(|(nth, owner)| Step::Reply { nth, owner }),
         2 => (0..60usize).prop_map(|nth| Step::Withdraw { nth }),
+        2 => (0..60usize).prop_map(|nth| Step::GiveUp { nth }),
         1 => (1..4u64).prop_map(|owner| Step::OwnerGone { owner }),
         1 => Just(Step::Pop),
     ]

@@ -51,6 +51,10 @@ impl Irqs {
     pub(super) fn disable_all(&self) {
         for index in self.lock().iter_mut() {
             index.disable();
+            // What was raised for this client is not for the next.
+            for vector in &mut index.vectors {
+                vector.pending = false;
+            }
         }
     }
 

@@ -125,14 +125,24 @@ impl Queue {
         Ok(device)
     }
 
-    /// A client closes the device; the last one has it reset.
+    /// A client closes the device; the last one leaves its memory as zeroes and has it reset.
     pub(super) fn close(&self) {
         let mut state = self.lock();
         state.clients -= 1;
         if state.clients == 0 {
             self.irqs.disable_all();
-            state.enqueue(Operation::Reset { close: true }, Vec::new(), false);
-            self.changed(&mut state);
+            for area in state.device.iter().flat_map(|device| &device.memory) {
+                area.memory.clear();
+            }
+            let reset = Operation::Reset { close: true };
+            let doubled = state
+                .waiting
+                .back()
+                .is_some_and(|last| last.operation == reset);
+            if !doubled {
+                state.enqueue(reset, Vec::new(), false);
+                self.changed(&mut state);
+            }
         }
     }
 
