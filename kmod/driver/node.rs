@@ -174,16 +174,18 @@ impl chrdev::Operations for NodeFile {
         if state.removed {
             return POLL_GONE;
         }
-        let owner = self.attached.as_ref().map(|attached| attached.owner);
-        match &state.attachment {
-            Some(attachment)
-                if Some(attachment.owner) == owner
-                    && attachment.slots.free().is_some()
-                    && state.requests.queued() > 0 =>
-            {
-                POLL_IN
+        match (&self.attached.as_ref(), &state.attachment) {
+            (None, _) => 0,
+            (Some(attached), Some(attachment)) if attachment.owner == attached.owner => {
+                let takable = attachment.slots.free().is_some() && state.requests.queued() > 0;
+                if takable {
+                    POLL_IN
+                } else {
+                    0
+                }
             }
-            _ => 0,
+            // The attachment of this file is over.
+            (Some(_), _) => POLL_GONE,
         }
     }
 }
