@@ -169,7 +169,12 @@ impl Mdev {
     pub fn cdev_node(&self) -> io::Result<PathBuf> {
         let mut entries = fs::read_dir(self.directory().join("vfio-dev"))?;
         let entry = entries.next().ok_or(io::ErrorKind::NotFound)??;
-        Ok(Path::new("/dev/vfio/devices").join(entry.file_name()))
+        let node = Path::new("/dev/vfio/devices").join(entry.file_name());
+        // The directory is there on kernels without cdevs too.
+        if !node.exists() {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        Ok(node)
     }
 
     /// Reads an attribute of muser's, without the line's end.

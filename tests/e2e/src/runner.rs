@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use libtest_mimic::{Completion, Failed, Trial};
+use muser_conformance::Case;
 use muser_e2e::mdev::Mdev;
 use muser_e2e::vfio::Road;
 use muser_e2e::{kmsg, module, process, sys, time};
@@ -22,6 +23,8 @@ pub(crate) enum Body {
     Once(fn() -> Result<()>),
     /// It is run on this road.
     On(Road, fn(Road) -> Result<()>),
+    /// It is a case of the conformance suite, run on this road.
+    Case(Road, Case),
 }
 
 /// A test.
@@ -50,11 +53,10 @@ impl Test {
     fn reason_to_ignore(&self) -> Option<String> {
         let road = match self.body {
             Body::Once(_) => None,
-            Body::On(road, _) => {
-                // The nodes come with the modules, and /dev/iommu with iommufd.
-                if let Err(error) = module::load() {
-                    eprintln!("{}: {error:#}", self.name);
-                }
+            Body::On(road, _) | Body::Case(road, _) => {
+                // The nodes come with the modules, and /dev/iommu with iommufd. Where the module
+                // can't be loaded, the test itself says so.
+                let _ = module::load();
                 road.lacking()
             }
         };
@@ -70,6 +72,7 @@ pub(crate) fn run_inner(tests: &[Test], name: &str) -> Result<()> {
     match test.body {
         Body::Once(run) => run(),
         Body::On(road, run) => run(road),
+        Body::Case(road, ref case) => crate::tests::run_case(case, road),
     }
 }
 
@@ -132,46 +135,58 @@ fn run_child(test: &Test) -> Result<()> {
     output.read_to_string(&mut said)?;
     let said = said.trim_end();
     match status? {
-        Some(status) if status.success() => Ok(()),
-        Some(status) => match status.signal() {
+        Ended::ByItself(status) if status.success() => Ok(()),
+        Ended::ByItself(status) => match status.signal() {
             Some(signal) => bail!("the test's process died of signal {signal}\n{said}"),
             None => bail!("{said}"),
         },
-        None => bail!("hung: killed by the watchdog after {limit:?}\n{said}"),
+        Ended::Hung(stack) => {
+            bail!(
+                "hung: killed by the watchdog after {limit:?}, while it waited in {stack}\n{said}"
+            )
+        }
     }
 }
 
+/// How a test's process ended.
+enum Ended {
+    /// In time, or by a signal that was not ours.
+    ByItself(ExitStatus),
+    /// It was killed at its limit, while it waited there in the kernel.
+    Hung(String),
+}
+
 /// Waits for the child; kills it at the limit, and gives up the whole run if it can't be killed.
-fn watch(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> {
+fn watch(child: &mut Child, limit: Duration) -> Result<Ended> {
     let pidfd = sys::pidfd(child.id()).context("watching the test's process")?;
     if sys::poll(&pidfd, libc::POLLIN, limit)? != 0 {
-        return Ok(Some(child.wait()?));
+        return Ok(Ended::ByItself(child.wait()?));
     }
-    eprintln!("watchdog: it waits in {}", process::stack(child.id()));
+    let stack = process::stack(child.id());
     sys::kill(-i32::from_ne_bytes(child.id().to_ne_bytes()), libc::SIGKILL)?;
     if sys::poll(&pidfd, libc::POLLIN, time::patience())? != 0 {
         child.wait()?;
-        return Ok(None);
+        return Ok(Ended::Hung(stack));
     }
-    eprintln!(
-        "FATAL: the test's process can't be killed; it waits in {}. The run ends here.",
+    println!(
+        "FAILED\nFATAL: the test's process can't be killed; it waits in {}. The run ends here.",
         process::stack(child.id())
     );
     std::process::exit(102);
 }
 
-/// Removes the devices that the test left, and says which.
+/// Removes the devices that the test left, and says which, and what became of them.
 fn remove_leftovers() -> Vec<String> {
-    let leftovers = Mdev::list();
-    for uuid in &leftovers {
-        let uuid = uuid.clone();
-        // A removal may wait for a client that is stuck; the next test must not.
-        let removal = std::thread::spawn(move || drop(Mdev::adopt(&uuid)));
-        if time::until("removal", || removal.is_finished()).is_err() {
-            eprintln!("a device left behind can't be removed: its client is stuck");
+    let remove = |uuid: String| {
+        let mdev = Mdev::adopt(&uuid);
+        drop(mdev);
+        if Mdev::list().contains(&uuid) {
+            format!("{uuid} (which can't be removed: its client is stuck)")
+        } else {
+            uuid
         }
-    }
-    leftovers
+    };
+    Mdev::list().into_iter().map(remove).collect()
 }
 
 fn tempfile() -> Result<File> {

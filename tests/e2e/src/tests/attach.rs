@@ -5,8 +5,9 @@
 use anyhow::{bail, ensure, Result};
 use muser_e2e::check::{equal, errno_name, fails};
 use muser_e2e::mdev::{Mdev, Type};
-use muser_e2e::node::{area, irq, region, Description, Node, Server};
+use muser_e2e::node::{area, irq, region, Description, Node, Server, TRAPPED};
 use muser_e2e::sys::Mapping;
+use muser_e2e::vfio::{Client, Road};
 use muser_uapi::*;
 
 use super::topic;
@@ -23,6 +24,7 @@ topic!("attach", once: [
     other_irqs_later_refused,
     refused_description_leaves_device_undescribed,
     closed_attachment_makes_room,
+    detached_file_is_out,
     wrong_version_refused_and_told,
     bad_bus_refused,
     bad_region_index_refused,
@@ -230,6 +232,44 @@ fn closed_attachment_makes_room() -> Result<()> {
     drop(server);
     waiting.attach_raw(&Description::pci())?;
     Ok(())
+}
+
+fn detached_file_is_out() -> Result<()> {
+    let mdev = Mdev::create(Type::Pci)?;
+    let server = Server::attach(&mdev, &Description::pci())?;
+    let client = Client::open(&mdev, Road::Group)?;
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| client.read_u32(TRAPPED, 0));
+        let request = server.take()?;
+        let waiting = scope.spawn(|| server.take_with(0));
+        let detach = || muser_e2e::sys::ioctl_bytes(server.node(), MUSER_DETACH, &mut [0; 8]);
+        detach()?;
+        let woken = waiting
+            .join()
+            .map_err(|_| anyhow::anyhow!("the taker panicked"))?;
+        fails("a take that waited", woken.map(drop), libc::ENOTCONN)?;
+        fails("a reply", server.reply(request.slot, 0), libc::ENOTCONN)?;
+        fails("a trigger", server.trigger(0, 0, 1), libc::ENOTCONN)?;
+        fails("another detach", detach(), libc::ENOTCONN)?;
+        let again = MUSER_FAULT_ATTACHED_SELF;
+        refused_by(
+            server.node(),
+            &Description::pci(),
+            libc::EISCONN,
+            again,
+            None,
+        )?;
+
+        let next = Server::attach(&mdev, &Description::pci())?;
+        let replay = next.take()?;
+        equal("flags", replay.head.flags, MUSER_REQUEST_REPLAY)?;
+        equal("id", replay.head.id, request.head.id)?;
+        next.reply_data(replay.slot, &[4, 3, 2, 1])?;
+        let value = reader
+            .join()
+            .map_err(|_| anyhow::anyhow!("the client panicked"))?;
+        equal("the client's answer", value?, 0x0102_0304)
+    })
 }
 
 fn wrong_version_refused_and_told() -> Result<()> {

@@ -257,7 +257,7 @@ fn absent_device_refused() -> Result<()> {
 fn second_server_refused() -> Result<()> {
     let mdev = Mdev::create(Type::Pci)?;
     let _process = serve(&mdev)?;
-    refused(&["--uuid", mdev.uuid()], 3, "attached")
+    refused(&["--uuid", mdev.uuid()], 3, "another process serves it")
 }
 
 fn ends_when_device_is_removed() -> Result<()> {

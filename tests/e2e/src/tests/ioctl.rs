@@ -327,7 +327,7 @@ fn unknown_number_refused() -> Result<()> {
     let with_size = |nr: u32| nr | 16 << 16 | 3 << 30;
     let tcgets = 0x5401;
     for number in [
-        MUSER_QUERY + 1,
+        MUSER_DETACH + 1,
         MUSER_QUERY + 100,
         with_size(MUSER_NEXT),
         tcgets,

@@ -25,7 +25,7 @@ topic!("memory", once: [
     read_and_write_are_served_by_the_kernel,
     served_with_no_process_attached,
     survives_the_process,
-    survives_the_client,
+    zeroed_for_the_next_client,
     untouched_pages_are_not_allocated,
     trapped_region_cannot_be_mapped,
     mapping_beyond_an_area_refused,
@@ -142,7 +142,8 @@ fn survives_the_process(road: Road) -> Result<()> {
     equal("what the next process sees", words, (0x5EED, 0xF00D))
 }
 
-fn survives_the_client(road: Road) -> Result<()> {
+/// What one client leaves in the memory of a device is not for the next, whatever the process does.
+fn zeroed_for_the_next_client(road: Road) -> Result<()> {
     let Rig {
         client,
         service,
@@ -150,13 +151,15 @@ fn survives_the_client(road: Road) -> Result<()> {
         mdev,
     } = Rig::new(road)?;
     works("pwrite", client.write_all(MEMORY, 0, &[9; 16]))?;
+    let kept = server.node().map(MEMORY, 0, 4096)?;
     drop(client);
     service.record().wait(1)?;
+    equal("what the process sees", kept.read::<u64>(0), 0)?;
     let client = works("the next client", Client::open(&mdev, road))?;
     equal(
         "what it reads",
         client.read_vec(MEMORY, 0, 16)?,
-        vec![9; 16],
+        vec![0; 16],
     )?;
     drop(client);
     drop(service);

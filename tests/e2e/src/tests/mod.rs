@@ -5,6 +5,7 @@ mod attach;
 mod attach_limit;
 mod clean;
 mod close;
+mod conformance;
 mod gpio;
 mod info;
 mod interop;
@@ -17,12 +18,14 @@ mod memory;
 mod module;
 mod muserctl;
 mod owner;
+mod parallel;
 mod reply;
 mod request;
 mod sysfs;
 mod vanish;
 mod vfio_bad;
 
+pub(crate) use self::conformance::run_case;
 use crate::runner::{Body, Test};
 use muser_e2e::vfio::Road;
 
@@ -73,7 +76,7 @@ fn roads(name: &str, run: OnRoad) -> impl Iterator<Item = Test> {
 
 /// All tests.
 pub(crate) fn all() -> Vec<Test> {
-    let topics: [fn() -> Vec<Test>; 22] = [
+    let topics: [fn() -> Vec<Test>; 24] = [
         module::tests,
         module::long,
         sysfs::tests,
@@ -84,6 +87,7 @@ pub(crate) fn all() -> Vec<Test> {
         info::tests,
         vfio_bad::tests,
         request::tests,
+        parallel::tests,
         reply::tests,
         vanish::tests,
         irq::tests,
@@ -92,6 +96,7 @@ pub(crate) fn all() -> Vec<Test> {
         memory::tests,
         close::tests,
         interop::tests,
+        conformance::tests,
         gpio::where_installed,
         muserctl::where_installed,
         mdevctl::where_installed,

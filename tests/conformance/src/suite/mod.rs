@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The cases, a file a topic.
+
+mod access;
+mod config;
+mod interrupt;
+mod life;
+mod memory;
+
+use anyhow::Result;
+
+use crate::{Client, Host};
+
+/// A test of the suite.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    /// `topic::input_outcome`.
+    pub name: &'static str,
+    pub(crate) run: fn(&dyn Host) -> Result<()>,
+}
+
+/// Lists the cases of a topic.
+macro_rules! topic {
+    ($topic:literal: $($case:ident),* $(,)?) => {
+        pub(super) const CASES: &[$crate::Case] = &[$($crate::Case {
+            name: concat!($topic, "::", stringify!($case)),
+            run: $case,
+        }),*];
+    };
+}
+use topic;
+
+/// All cases.
+pub fn cases() -> impl Iterator<Item = Case> {
+    [
+        access::CASES,
+        config::CASES,
+        interrupt::CASES,
+        memory::CASES,
+        life::CASES,
+    ]
+    .into_iter()
+    .flatten()
+    .copied()
+}
+
+/// Reads exactly so many bytes.
+fn read<const N: usize>(client: &dyn Client, region: u32, offset: u64) -> Result<[u8; N]> {
+    let mut data = [0; N];
+    let count = client.read(region, offset, &mut data)?;
+    crate::check::equal("bytes read", count, N)?;
+    Ok(data)
+}
+
+/// Reads a register of 4 bytes.
+fn get(client: &dyn Client, offset: u64) -> Result<u32> {
+    Ok(u32::from_le_bytes(read(
+        client,
+        crate::device::REGISTERS,
+        offset,
+    )?))
+}
+
+/// Writes a register of 4 bytes.
+fn set(client: &dyn Client, offset: u64, value: u32) -> Result<()> {
+    write(
+        client,
+        crate::device::REGISTERS,
+        offset,
+        &value.to_le_bytes(),
+    )
+}
+
+/// Writes all bytes.
+fn write(client: &dyn Client, region: u32, offset: u64, data: &[u8]) -> Result<()> {
+    let count = client.write(region, offset, data)?;
+    crate::check::equal("bytes written", count, data.len())
+}

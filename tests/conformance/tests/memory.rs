@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The conformance suite over the memory transport: both sides in this process.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::process::ExitCode;
+
+use libmuser::transport::memory::{self, IrqAction, IrqData, MemoryTransport};
+use libmuser::SharedMemory;
+use libtest_mimic::{Arguments, Trial};
+use muser_conformance::{cases, run, Backend, Client, Memory, RegionInfo};
+
+fn main() -> ExitCode {
+    let trials = cases().map(|case| {
+        Trial::test(case.name, move || {
+            let host = memory::Host::new()?;
+            run(&case, InProcess(host)).map_err(|error| format!("{error:#}").into())
+        })
+    });
+    libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()
+}
+
+struct InProcess(memory::Host);
+
+impl Backend for InProcess {
+    type Transport = MemoryTransport;
+
+    fn transport(&self) -> libmuser::Result<MemoryTransport> {
+        Ok(self.0.transport())
+    }
+
+    fn open(&self) -> io::Result<Box<dyn Client>> {
+        Ok(Box::new(Open(self.0.open()?)))
+    }
+}
+
+#[derive(Debug)]
+struct Open(memory::Client);
+
+impl Client for Open {
+    fn region(&self, index: u32) -> io::Result<Option<RegionInfo>> {
+        Ok(self.0.region(index).map(|region| RegionInfo {
+            size: region.size,
+            readable: region.readable,
+            writable: region.writable,
+            areas: region
+                .areas
+                .iter()
+                .map(|area| (area.offset, area.size))
+                .collect(),
+        }))
+    }
+
+    fn vectors(&self, index: u32) -> io::Result<u32> {
+        Ok(self.0.irq(index).map_or(0, |irq| irq.count))
+    }
+
+    fn read(&self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<usize> {
+        self.0.read(region, offset, data)
+    }
+
+    fn write(&self, region: u32, offset: u64, data: &[u8]) -> io::Result<usize> {
+        self.0.write(region, offset, data)
+    }
+
+    fn set_eventfds(
+        &self,
+        index: u32,
+        start: u32,
+        events: &[Option<BorrowedFd<'_>>],
+    ) -> io::Result<()> {
+        let data = IrqData::EventFds(events);
+        self.0.set_irqs(index, start, IrqAction::Trigger, data)
+    }
+
+    fn disable(&self, index: u32) -> io::Result<()> {
+        self.0
+            .set_irqs(index, 0, IrqAction::Trigger, IrqData::None(0))
+    }
+
+    fn set_mask(&self, index: u32, vector: u32, masked: bool) -> io::Result<()> {
+        let action = if masked {
+            IrqAction::Mask
+        } else {
+            IrqAction::Unmask
+        };
+        self.0.set_irqs(index, vector, action, IrqData::None(1))
+    }
+
+    fn fire(&self, index: u32, vector: u32) -> io::Result<()> {
+        self.0
+            .set_irqs(index, vector, IrqAction::Trigger, IrqData::None(1))
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        self.0.reset()
+    }
+
+    fn map(&self, region: u32, offset: u64, _len: usize) -> io::Result<Box<dyn Memory>> {
+        Ok(Box::new(Mapped(self.0.map(region, offset)?)))
+    }
+}
+
+#[derive(Debug)]
+struct Mapped(SharedMemory);
+
+impl Memory for Mapped {
+    fn load(&self, offset: usize) -> u32 {
+        self.0.load(offset).expect("the offset is in the area")
+    }
+
+    fn store(&self, offset: usize, value: u32) {
+        self.0
+            .store(offset, value)
+            .expect("the offset is in the area");
+    }
+}

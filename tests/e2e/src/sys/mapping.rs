@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memory that somebody else sees as well, or that ends where an argument does not.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::ptr::NonNull;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use super::result;
+
+/// Bytes of a page: muser is built for x86-64 and arm64 with 4 KiB pages in the tests.
+pub const PAGE: usize = 4096;
+
+/// Memory shared with somebody else: a file's, the kernel's or a device's.
+///
+/// # Invariants
+///
+/// `start` is the start of `len` mapped bytes, which only this value unmaps.
+#[derive(Debug)]
+pub struct Mapping {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: accesses are volatile copies through raw pointers, sound from any thread.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes at `offset` of a file.
+    ///
+    /// # Errors
+    ///
+    /// The errno of mmap(2).
+    pub fn new(
+        file: impl AsFd,
+        offset: u64,
+        len: usize,
+        protection: i32,
+        flags: i32,
+    ) -> io::Result<Self> {
+        let offset = i64::from_ne_bytes(offset.to_ne_bytes());
+        let fd = file.as_fd().as_raw_fd();
+        // SAFETY: the kernel picks an address where nothing is.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, fd, offset) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::other("mapped at 0"))?;
+        // INVARIANT: mmap succeeded with this length.
+        Ok(Self { start, len })
+    }
+
+    /// Maps for reading and writing, shared.
+    ///
+    /// # Errors
+    ///
+    /// The errno of mmap(2).
+    pub fn shared(file: impl AsFd, offset: u64, len: usize) -> io::Result<Self> {
+        Self::new(
+            file,
+            offset,
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+        )
+    }
+
+    /// Maps fresh anonymous memory of `len` bytes, a multiple of the page size, and leaves a hole
+    /// of a page behind it.
+    ///
+    /// # Errors
+    ///
+    /// The errno of mmap(2) or mprotect(2).
+    pub fn with_hole(len: usize) -> io::Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: anonymous, at an address of the kernel's choice.
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), len + PAGE, protection, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start: NonNull<u8> =
+            NonNull::new(start.cast()).ok_or_else(|| io::Error::other("mapped at 0"))?;
+        // SAFETY: `len` is within what was mapped.
+        let hole = unsafe { start.add(len) };
+        // INVARIANT: the first `len` bytes stay mapped; the page behind them is never accessible.
+        let mapping = Self { start, len };
+        // SAFETY: the page was mapped above and nobody knows it.
+        result(unsafe { libc::mprotect(hole.as_ptr().cast(), PAGE, libc::PROT_NONE) })?;
+        Ok(mapping)
+    }
+
+    /// Bytes mapped.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing is mapped.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Address of the first byte.
+    pub fn address(&self) -> u64 {
+        self.start.as_ptr().addr() as u64
+    }
+
+    /// Changes the protection of the whole.
+    ///
+    /// # Errors
+    ///
+    /// The errno of mprotect(2).
+    pub fn protect(&self, protection: i32) -> io::Result<()> {
+        // SAFETY: the mapping is ours; accesses through it are raw and may fault.
+        result(unsafe { libc::mprotect(self.start.as_ptr().cast(), self.len, protection) })?;
+        Ok(())
+    }
+
+    fn at<T>(&self, offset: usize) -> NonNull<T> {
+        let end = offset.checked_add(size_of::<T>());
+        assert!(
+            end.is_some_and(|end| end <= self.len),
+            "offset {offset:#x} is not mapped"
+        );
+        // SAFETY: within the mapping, as just checked.
+        let pointer: NonNull<T> = unsafe { self.start.add(offset) }.cast();
+        assert!(pointer.is_aligned(), "offset {offset:#x} is not aligned");
+        pointer
+    }
+
+    /// Reads a value in one volatile access where the machine can.
+    ///
+    /// # Panics
+    ///
+    /// When it is not within the mapping or not aligned.
+    pub fn read<T: FromBytes>(&self, offset: usize) -> T {
+        // SAFETY: `at` checked bounds and alignment, and any bytes are a `T`.
+        unsafe { self.at::<T>(offset).read_volatile() }
+    }
+
+    /// Writes a value in one volatile access where the machine can.
+    ///
+    /// # Panics
+    ///
+    /// When it is not within the mapping or not aligned.
+    pub fn write<T: IntoBytes + Immutable>(&self, offset: usize, value: T) {
+        // SAFETY: `at` checked bounds and alignment.
+        unsafe { self.at::<T>(offset).write_volatile(value) }
+    }
+
+    /// Copies bytes out.
+    ///
+    /// # Panics
+    ///
+    /// When they are not within the mapping.
+    pub fn read_bytes(&self, offset: usize, len: usize) -> Vec<u8> {
+        (offset..offset + len)
+            .map(|at| self.read::<u8>(at))
+            .collect()
+    }
+
+    /// Copies bytes in.
+    ///
+    /// # Panics
+    ///
+    /// When they are not within the mapping.
+    pub fn write_bytes(&self, offset: usize, bytes: &[u8]) {
+        for (at, &byte) in (offset..).zip(bytes) {
+            self.write(at, byte);
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the type's invariant. A hole behind stays, as no accessible memory.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
+    }
+}
+
+/// Reads from a file into memory that may end before the bytes do.
+///
+/// # Errors
+///
+/// The errno of pread(2).
+pub fn pread_at(
+    file: impl AsFd,
+    memory: &Mapping,
+    offset: usize,
+    count: usize,
+    position: u64,
+) -> io::Result<usize> {
+    let address = (memory.address() as usize + offset) as *mut libc::c_void;
+    let fd = file.as_fd().as_raw_fd();
+    // SAFETY: the bytes lie in a mapping accessed through raw pointers only, or in its hole.
+    let read = unsafe {
+        libc::pread(
+            fd,
+            address,
+            count,
+            i64::from_ne_bytes(position.to_ne_bytes()),
+        )
+    };
+    usize::try_from(read).map_err(|_| io::Error::last_os_error())
+}
+
+/// Writes to a file from memory that may end before the bytes do.
+///
+/// # Errors
+///
+/// The errno of pwrite(2).
+pub fn pwrite_at(
+    file: impl AsFd,
+    memory: &Mapping,
+    offset: usize,
+    count: usize,
+    position: u64,
+) -> io::Result<usize> {
+    let address = (memory.address() as usize + offset) as *const libc::c_void;
+    let fd = file.as_fd().as_raw_fd();
+    // SAFETY: the bytes lie in a mapping accessed through raw pointers only, or in its hole.
+    let written = unsafe {
+        libc::pwrite(
+            fd,
+            address,
+            count,
+            i64::from_ne_bytes(position.to_ne_bytes()),
+        )
+    };
+    usize::try_from(written).map_err(|_| io::Error::last_os_error())
+}

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Processes, threads, signals, credentials, and the module.
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+
+use super::result;
+
+/// Makes files that this thread creates or opens do so as another user and group, without the
+/// rights of root.
+pub fn set_fs_ids(uid: u32, gid: u32) {
+    // SAFETY: no memory is passed; these calls have no errors.
+    unsafe { libc::setfsgid(gid) };
+    // SAFETY: as above. The user is last, since with it goes the right to change the group.
+    unsafe { libc::setfsuid(uid) };
+}
+
+/// Sends a signal to a process, or to a process group if negative.
+///
+/// # Errors
+///
+/// The errno of kill(2).
+pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    result(unsafe { libc::kill(pid, signal) }).map(drop)
+}
+
+/// Sends a signal to a thread of this process.
+///
+/// # Errors
+///
+/// The errno of tgkill(2).
+pub fn kill_thread(tid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    let value = unsafe { libc::syscall(libc::SYS_tgkill, std::process::id(), tid, signal) };
+    if value < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// The kernel's id of this thread.
+pub fn thread_id() -> i32 {
+    // SAFETY: no memory is passed, and the call can't fail.
+    unsafe { libc::gettid() }
+}
+
+/// Sets what this process does at a signal: nothing, but that a system call which waits is
+/// interrupted, and goes on by itself if `restart`.
+///
+/// # Errors
+///
+/// The errno of sigaction(2).
+pub fn catch_signal(signal: i32, restart: bool) -> io::Result<()> {
+    extern "C" fn nothing(_signal: libc::c_int) {}
+    // SAFETY: all zeroes are a sigaction with an empty mask.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as usize;
+    action.sa_flags = if restart { libc::SA_RESTART } else { 0 };
+    // SAFETY: a handler that does nothing is safe at any point.
+    result(unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) }).map(drop)
+}
+
+/// Makes children's orphans children of this process, so that it can reap them.
+///
+/// # Errors
+///
+/// The errno of prctl(2).
+pub fn adopt_orphans() -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    result(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) }).map(drop)
+}
+
+/// Has the kernel kill this process when its parent ends.
+///
+/// # Errors
+///
+/// The errno of prctl(2).
+pub fn die_with_parent() -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    result(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) }).map(drop)
+}
+
+/// A descriptor that is readable once the process has ended.
+///
+/// # Errors
+///
+/// The errno of pidfd_open(2).
+pub fn pidfd(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: no memory is passed.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let fd = i32::try_from(fd).unwrap_or(-1);
+    result(fd)?;
+    // SAFETY: a descriptor that was just made and that nobody else has.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Reaps whichever orphan has ended; `false` when there is none.
+pub fn reap_one() -> bool {
+    // SAFETY: a null status is allowed.
+    unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) > 0 }
+}
+
+/// Unloads a kernel module, without waiting.
+///
+/// # Errors
+///
+/// The errno of delete_module(2).
+pub fn delete_module(name: &std::ffi::CStr) -> io::Result<()> {
+    // SAFETY: the name is a string that ends.
+    let value = unsafe { libc::syscall(libc::SYS_delete_module, name.as_ptr(), libc::O_NONBLOCK) };
+    if value < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
