@@ -97,6 +97,9 @@ pub(crate) fn apt_options(cache: &Cache) -> Result<Vec<String>> {
     Ok([
         format!("Dir::State::Lists={dir}/lists"),
         format!("Dir::Cache={dir}"),
+        "Dir::Cache::pkgcache=".to_owned(),
+        "Dir::Cache::srcpkgcache=".to_owned(),
+        "Acquire::GzipIndexes=true".to_owned(),
         "APT::Sandbox::User=root".to_owned(),
         "Acquire::Retries=3".to_owned(),
         "Acquire::Languages=none".to_owned(),

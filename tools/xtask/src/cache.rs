@@ -113,6 +113,20 @@ impl Cache {
         Ok(dir)
     }
 
+    /// Removes everything but the locks.
+    pub(crate) fn clear(&self) -> Result<()> {
+        self.forget(Duration::ZERO)?;
+        for entry in fs::read_dir(&self.dir)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                remove(&path)?;
+            } else if path.extension().is_none_or(|extension| extension != "lock") {
+                fs::remove_file(&path)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Removes every stage that was not used for so long.
     pub(crate) fn forget(&self, unused: Duration) -> Result<usize> {
         self.forget_others("", Path::new(""), unused)

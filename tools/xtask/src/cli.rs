@@ -23,7 +23,7 @@ ENVIRONMENT
     MUSER_DEBIAN_MIRROR   the Debian mirror to use (default: the one that this
                           machine's apt uses)
     MUSER_GUEST_TIMEOUT   seconds that a guest may run before it is ended
-                          (default: 600, with the debug kernel 2400)
+                          (default: 900, with the debug kernel 2400)
     CARGO_TARGET_DIR      where build output goes (default: target)
 
 FILES
@@ -106,9 +106,9 @@ pub(crate) enum Task {
     /// `exit` powers it off. Ctrl-A X ends QEMU at once.
     Shell(Boot),
 
-    /// Remove what earlier versions of the sources left in the cache
+    /// Remove from the cache what was not used for a day
     Clean {
-        /// Remove the whole cache
+        /// Remove all of it; the next run prepares everything anew
         #[arg(long)]
         all: bool,
     },

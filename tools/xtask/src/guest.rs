@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context as _, Result};
 
+use crate::cache;
 use crate::cpio::Archive;
 use crate::kernel::Tree;
 use crate::module;
@@ -102,6 +103,8 @@ pub(crate) struct Guest {
     pub(crate) tree: Tree,
     dir: PathBuf,
     image: PathBuf,
+    /// Two guests of one kernel would write each other's files.
+    _lock: File,
 }
 
 impl Guest {
@@ -111,7 +114,9 @@ impl Guest {
         let muser = module::build(bench, &tree)?;
         let output = bench.project.output_for(tree.kernel);
         let dir = output.join("guest");
-        crate::cache::remove(&dir)?;
+        let what = format!("a guest with the {} kernel", tree.kernel);
+        let lock = cache::lock(&output.join("guest.lock"), &what)?;
+        cache::remove(&dir)?;
         for name in DIRECTORIES {
             fs::create_dir_all(dir.join(name))?;
         }
@@ -131,7 +136,12 @@ impl Guest {
         mdevctl(root, &dir)?;
         modules(root, &tree, &muser, &dir)?;
         let image = output.join("guest.cpio");
-        Ok(Self { tree, dir, image })
+        Ok(Self {
+            tree,
+            dir,
+            image,
+            _lock: lock,
+        })
     }
 
     /// Packs the file system with the command that the guest is to run.

@@ -14,8 +14,8 @@ pub(crate) struct Output {
     details: Vec<(String, String)>,
     /// Whether a program is between `running N tests` and its result.
     running: bool,
-    /// `test NAME ... ` without a result yet: the test printed in between.
-    begun: Option<String>,
+    /// `test NAME ... ` without a result yet, and what the test printed since.
+    begun: Option<(String, String)>,
     programs: usize,
     /// What had passed and failed before the program that runs now.
     before: (usize, usize),
@@ -52,12 +52,16 @@ impl Output {
             // `name - should panic` and doctests' `(line 8) - compile` stay part of the name.
             let name = name.trim_end();
             if !self.result(name, result) {
-                self.begun = Some(name.to_owned());
+                self.begun = Some((name.to_owned(), format!("{result}\n")));
             }
-        } else if let Some(name) = self.begun.take()
-            && !self.result(&name, line)
-        {
-            self.begun = Some(name);
+        } else if let Some((name, mut printed)) = self.begun.take() {
+            if !self.result(&name, line) {
+                printed.push_str(line);
+                printed.push('\n');
+                self.begun = Some((name, printed));
+            } else if self.failed.last() == Some(&name) {
+                self.details.push((name, printed));
+            }
         }
     }
 
@@ -87,10 +91,13 @@ impl Output {
             report.skip(&format!("{place}: {name}"), reason);
         }
         if self.running {
-            let name = self.begun.as_deref();
+            let begun = self
+                .begun
+                .unwrap_or(("a test program".to_owned(), String::new()));
+            let (name, printed) = begun;
             report.fail(
-                &format!("{place}: {}", name.unwrap_or("a test program")),
-                "it ended in the middle of its tests".to_owned(),
+                &format!("{place}: {name}"),
+                format!("it ended in the middle of its tests\n{printed}"),
             );
         }
         report

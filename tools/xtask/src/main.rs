@@ -36,6 +36,8 @@ use crate::guest::{Guest, Programs};
 use crate::kernel::Tree;
 use crate::workbench::Workbench;
 
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
 fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(code) => code,
@@ -77,13 +79,13 @@ fn run(cli: Cli) -> Result<ExitCode> {
             qemu::shell(&bench, &guest(&bench, boot.kernel)?)?;
             Ok(ExitCode::SUCCESS)
         }
-        Task::Clean { all } => {
-            let unused = if all {
-                Duration::ZERO
-            } else {
-                Duration::from_secs(60 * 60)
-            };
-            let removed = bench.cache.forget(unused)?;
+        Task::Clean { all: true } => {
+            bench.cache.clear()?;
+            println!("{} is empty.", bench.cache.dir().display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Clean { all: false } => {
+            let removed = bench.cache.forget(DAY)?;
             println!(
                 "Removed {removed} stages from {}.",
                 bench.cache.dir().display()

@@ -71,8 +71,14 @@ fn make(bench: &Workbench, tree: &Tree, what: &str, arguments: &[&str]) -> Resul
     copy(bench.project.dir(), &dir)?;
     let mut step = Step::start(
         &match what {
-            "clippy" => format!("Checking muser.ko for {} with clippy", tree.release),
-            _ => format!("Building muser.ko for {}", tree.release),
+            "clippy" => format!(
+                "Checking muser.ko with clippy for the {kernel} kernel, {}",
+                tree.release
+            ),
+            _ => format!(
+                "Building muser.ko for the {kernel} kernel, {}",
+                tree.release
+            ),
         },
         "20 seconds",
         bench.project.log(&format!("{what}-{kernel}")),
