@@ -8,9 +8,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const AFTER_HELP: &str = "\
 The first run on a machine downloads a Debian build root, Debian's own kernel
-and the kernel's source, and prepares them: about 5 minutes and 6 GB for what
-`demo` needs, about 45 minutes on two cores for all that `test` needs. All of it
-is kept in the cache; later runs need no network.
+and the kernel's source, and prepares them: about 6 minutes and 4 GB for what
+`demo` needs, about 30 minutes and 6 GB for all that `test` needs, on two cores.
+All of it is kept in the cache; later runs need no network.
 
 EXIT STATUS
     0  everything asked for was done, and every test and lint passed

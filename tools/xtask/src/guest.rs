@@ -71,7 +71,7 @@ impl Programs {
         }
         let mut step = Step::start(
             "Building the library, the samples and the tools for the guest",
-            "1 minute, a few seconds after a change",
+            "2 minutes the first time, then seconds",
             bench.project.log("userspace"),
         )?;
         let mut cargo = bench.project.cargo();

@@ -101,7 +101,7 @@ impl Root {
             install_mmdebstrap(cache)?;
             let mut step = Step::start(
                 &format!("Making a Debian {SUITE} build root from {mirror}"),
-                "3 minutes, 700 MB to download",
+                "2 minutes, 600 MB to download",
                 cache.log("root"),
             )?;
             bootstrap(&mut step, stage, &mirror)?;

@@ -32,8 +32,8 @@ pub(super) fn prepare(bench: &Workbench, kernel: Kernel) -> Result<Tree> {
     };
     // RUST together with KASAN needs clang.
     let (compiler, usually) = match kernel {
-        Kernel::Debug => (vec!["LLVM=-19".to_owned()], "20 minutes on two cores"),
-        Kernel::Small | Kernel::Stock => (Vec::new(), "7 minutes on two cores"),
+        Kernel::Debug => (vec!["LLVM=-19".to_owned()], "12 minutes on two idle cores"),
+        Kernel::Small | Kernel::Stock => (Vec::new(), "6 minutes on two idle cores"),
     };
     let mut wanted = String::new();
     for fragment in fragments {

@@ -44,7 +44,7 @@ pub(super) fn prepare(bench: &Workbench) -> Result<Tree> {
     let stage = bench.cache.stage("stock", &key(&kernels), |stage| {
         let mut step = Step::start(
             &format!("Preparing Debian's kernel {release}"),
-            "4 minutes, 150 MB to download",
+            "2 minutes, 180 MB to download",
             bench.cache.log("stock"),
         )?;
         source::download(&mut step, root, &bench.cache, &kernels.stock, stage)?;
