@@ -485,9 +485,11 @@ fn remove_ends_when_the_client_lets_go() {
 fn interrupt_ends_the_waiting_not_the_removal() {
     let tree = Tree::with_devices();
     let pipe = tree.remove_waits(A);
-    // A group of its own, to be signalled as a terminal does.
+    // A group of its own, to be signalled as a terminal does; and what runs us may ignore the signal,
+    // as a shell has its background jobs do.
+    let muserctl = env!("CARGO_BIN_EXE_muserctl");
     let mut muserctl = tree
-        .command(env!("CARGO_BIN_EXE_muserctl"), &["remove", A])
+        .command("env", &["--default-signal=INT", muserctl, "remove", A])
         .stderr(Stdio::piped())
         .process_group(0)
         .spawn()
