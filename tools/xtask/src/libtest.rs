@@ -129,8 +129,12 @@ impl Output {
             Some("ignored") => {
                 let reason = result
                     .trim_start_matches("ignored")
-                    .trim_start_matches(',')
-                    .trim();
+                    .trim_matches([',', ' ']);
+                // cargo's harness says `ignored, why`, libtest-mimic `ignored (why)`.
+                let bare = reason
+                    .strip_prefix('(')
+                    .and_then(|rest| rest.strip_suffix(')'));
+                let reason = bare.unwrap_or(reason);
                 self.skipped.push((name, reason.to_owned()));
             }
             _ => return false,
@@ -214,6 +218,13 @@ test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out
         let report = output.into_report("small");
         assert_eq!(report.to_string(), "1 passed, 1 failed");
         assert_eq!(report.failures()[0].0, "small: second");
+    }
+
+    #[test]
+    fn reason_of_a_skip_loses_its_outer_brackets_only() {
+        let output = read("running 1 test\ntest a ... ignored (no iommufd (/dev/iommu))\n");
+        let report = output.into_report("stock");
+        assert_eq!(report.skips()[0].1, "no iommufd (/dev/iommu)");
     }
 
     #[test]
