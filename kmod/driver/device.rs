@@ -13,7 +13,7 @@ use crate::{
         description::Arrays,
         irqs::Irqs,
         memory::Memory,
-        queue::{Entry, Id, Queue, Withdrawn},
+        queue::{Entry, Holder, Id, Queue, Withdrawn},
         request::Request, //
     },
     uapi::*,
@@ -154,6 +154,15 @@ impl State {
     /// Whether the attachment `owner` is the present one.
     pub(crate) fn is_served_by(&self, owner: u64) -> bool {
         matches!(&self.attachment, Some(attachment) if attachment.owner == owner)
+    }
+
+    /// Frees the slot of a holder, if its attachment is the present one.
+    pub(crate) fn release(&mut self, holder: Holder) {
+        if let Some(attachment) = &mut self.attachment {
+            if attachment.owner == holder.owner {
+                attachment.slots.release(holder.slot);
+            }
+        }
     }
 }
 

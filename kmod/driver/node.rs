@@ -236,7 +236,7 @@ impl NodeFile {
             next.slot = slot;
             let told = fill(attached, slot, &taken).and_then(|()| next.write(argument));
             if told.is_err() {
-                self.untake(slot, taken.id);
+                self.untake(attached.owner, slot, taken.id);
             }
             told?;
         }
@@ -270,13 +270,12 @@ impl NodeFile {
     }
 
     /// Puts a request back of which the process could not be told.
-    fn untake(&self, slot: u32, id: Id) {
+    fn untake(&self, owner: u64, slot: u32, id: Id) {
         let mut state = self.device.state.lock();
         // If another thread has replied to it already, the slot is no longer this request's.
-        if state.requests.untake(id) {
-            if let Some(attachment) = &mut state.attachment {
-                attachment.slots.release(slot);
-            }
+        let holder = Holder { owner, slot };
+        if state.requests.untake(id, holder) {
+            state.release(holder);
         }
         drop(state);
         self.device.left();
@@ -331,17 +330,16 @@ impl NodeFile {
         };
         // The slot belongs to this reply until it is released, so its data stay those of the reply,
         // or what the process makes of them.
-        if let Ok(request) = &request {
-            if head.result == 0 {
-                request
-                    .with_read(|data| attached.slots.read(start + size_of::<muser_slot>(), data))?;
+        let mut result = head.result;
+        if let (Ok(request), 0) = (&request, result) {
+            let data = start + size_of::<muser_slot>();
+            if let Err(error) = request.with_read(|to| attached.slots.read(data, to)) {
+                result = error.to_errno();
             }
         }
         let waiting = {
             let mut state = self.device.state.lock();
-            if let Some(attachment) = &mut state.attachment {
-                attachment.slots.release(slot);
-            }
+            state.release(holder);
             state.requests.queued() > 0
         };
         self.device.left();
@@ -355,7 +353,7 @@ impl NodeFile {
             Kind::Write(_) => counters.writes.add(1),
             Kind::Reset { .. } => counters.resets.add(1),
         }
-        request.finish(head.result);
+        request.finish(result);
         Ok(())
     }
 

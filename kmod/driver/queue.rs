@@ -197,23 +197,25 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
         Some(taken)
     }
 
-    /// Puts a taken request back as if it had never been taken: the taker could not be told of it.
-    pub(crate) fn untake(&mut self, id: Id) -> bool {
+    /// Puts a request back as if `holder` had never taken it, for the taker could not be told of it;
+    /// says whether it still had it.
+    pub(crate) fn untake(&mut self, id: Id, holder: Holder) -> bool {
         let Some(entry) = self.entry(id) else {
             return false;
         };
         match entry.state {
             State::Queued => false,
-            State::Taken(_) => {
+            State::Taken(by) if by == holder => {
                 entry.state = State::Queued;
                 self.taken -= 1;
                 self.insert(id.index() as u16);
                 true
             }
-            State::Abandoned(_) => {
+            State::Abandoned(by) if by == holder => {
                 self.remove(id);
                 true
             }
+            State::Taken(_) | State::Abandoned(_) => false,
         }
     }
 

@@ -145,7 +145,8 @@ fn untake_is_no_replay() {
     queue.push(2).unwrap();
     let taken = queue.take(holder(1, 0)).unwrap();
 
-    assert!(queue.untake(taken.id));
+    assert!(!queue.untake(taken.id, holder(2, 0)));
+    assert!(queue.untake(taken.id, holder(1, 0)));
 
     let again = queue.take(holder(1, 0)).unwrap();
     assert_eq!((again.payload, again.replay), (1, false));
@@ -214,10 +215,18 @@ fn run(steps: &[Step], places: usize) {
             }
             Step::Untake { nth } => {
                 let id = id_of(&made, nth);
+                // By the holder in the model, if there is one: anybody else is refused.
                 let at = model
                     .iter()
                     .position(|request| request.id == id && request.holder.is_some());
-                assert_eq!(queue.untake(id), at.is_some(), "{steps:?}");
+                let by = at
+                    .and_then(|at| model[at].holder)
+                    .unwrap_or(holder(1, slot));
+                assert!(
+                    !queue.untake(id, holder(by.owner + 1, by.slot)),
+                    "{steps:?}"
+                );
+                assert_eq!(queue.untake(id, by), at.is_some(), "{steps:?}");
                 if let Some(at) = at {
                     if model[at].abandoned {
                         model.remove(at);

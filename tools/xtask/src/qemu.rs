@@ -23,6 +23,11 @@ use crate::workbench::Workbench;
 
 /// What tests/e2e/guest/init prints last.
 const EXIT: &str = "MUSER-GUEST-EXIT ";
+/// What the guest prints when it is up, just before the command.
+const UP: &str = "MUSER-GUEST-UP";
+/// How often a guest is booted at the most, and how long it may take to come up.
+const BOOTS: u32 = 3;
+const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// Without five-level page tables: while Linux looks at its boot CPU it forgets
 /// for a moment that it has them, and an interrupt then makes KASAN report what
 /// is no fault.
@@ -62,12 +67,38 @@ impl Outcome {
 }
 
 /// Boots the guest, runs a shell command in it and hands each line on.
+///
+/// A guest that does not come up, so that nothing of muser's has run in it, is booted again: under
+/// emulation a debug kernel hangs now and then at its start.
 pub(crate) fn run(
     bench: &Workbench,
     guest: &Guest,
     command: &str,
     mut line: impl FnMut(&str),
 ) -> Result<Outcome> {
+    for boot in 1..BOOTS {
+        match attempt(bench, guest, command, &mut line, BOOT_TIMEOUT)? {
+            Some(outcome) => return Ok(outcome),
+            None => eprintln!(
+                "The guest did not come up within {}, before anything of muser ran in it; \
+                 booting it again ({} of {BOOTS}).",
+                step::clock(BOOT_TIMEOUT),
+                boot + 1
+            ),
+        }
+    }
+    let last = attempt(bench, guest, command, &mut line, Duration::MAX)?;
+    last.context("the guest did not come up")
+}
+
+/// Boots the guest once; `None` if it is not up in time.
+fn attempt(
+    bench: &Workbench,
+    guest: &Guest,
+    command: &str,
+    mut line: impl FnMut(&str),
+    boot_timeout: Duration,
+) -> Result<Option<Outcome>> {
     let console = console_file(bench, guest)?;
     let deadline = timeout(guest.tree.kernel)?;
     let mut qemu = qemu(bench, guest, command, &console)?;
@@ -82,8 +113,10 @@ pub(crate) fn run(
     let mut status = None;
     let mut reason = None;
     let mut over: Option<Instant> = None;
+    let mut up = false;
     loop {
         match lines.recv_timeout(Duration::from_secs(1)) {
+            Ok(text) if text == UP => up = true,
             Ok(text) => match text.strip_prefix(EXIT) {
                 Some(number) => {
                     status = number.trim().parse().ok();
@@ -104,6 +137,11 @@ pub(crate) fn run(
                     Some("the guest's command ended, but the guest does not power off".to_owned());
             }
             break;
+        }
+        if !up && began.elapsed() > boot_timeout {
+            child.kill().ok();
+            child.wait()?;
+            return Ok(None);
         }
         if began.elapsed() > deadline {
             reason = Some(format!(
@@ -128,12 +166,12 @@ pub(crate) fn run(
             )
         });
     }
-    Ok(Outcome {
+    Ok(Some(Outcome {
         status,
         reason,
         trouble: console::trouble(&log),
         console,
-    })
+    }))
 }
 
 /// Boots the guest with a shell on this terminal.
@@ -191,7 +229,10 @@ fn qemu(bench: &Workbench, guest: &Guest, command: &str, console: &Path) -> Resu
         .arg("-initrd")
         .arg(guest.pack(command)?);
     // panic=-1 ends the guest at once where the kernel cannot go on.
-    qemu.args(["-append", "console=ttyS0 loglevel=7 panic=-1 oops=panic"]);
+    qemu.args([
+        "-append",
+        "console=ttyS0 loglevel=7 panic=-1 oops=panic kasan_multi_shot",
+    ]);
     qemu.arg("-serial")
         .arg(format!("file:{}", console.display()));
     Ok(qemu)
