@@ -16,13 +16,13 @@ use crate::root;
 use crate::step::{clock, Step};
 use crate::workbench::Workbench;
 
-/// The spelling checker, from crates.io.
+/// The spelling checker, from the crate registry.
 const TYPOS: Tool = Tool {
     package: "typos-cli",
     program: "typos",
     version: "1.52.0",
 };
-/// The checker of dependencies, from crates.io.
+/// The checker of dependencies, from the crate registry.
 const DENY: Tool = Tool {
     package: "cargo-deny",
     program: "cargo-deny",
@@ -155,7 +155,7 @@ fn quiet(command: &mut Command) -> Result<End> {
     Ok(End::Passed)
 }
 
-/// A program that comes from crates.io.
+/// A program that comes from the crate registry.
 struct Tool {
     package: &'static str,
     program: &'static str,
@@ -176,7 +176,7 @@ impl Tool {
         let key = Key::new("tool 1").and(package).and(version);
         let stage = bench.cache.stage(program, &key, |stage| {
             let mut step = Step::start(
-                &format!("Installing {package} {version} from crates.io"),
+                &format!("Installing {package} {version} from the crate registry"),
                 "2 minutes",
                 bench.cache.log(program),
             )?;
