@@ -65,7 +65,7 @@ impl NodeFile {
     /// `MUSER_ATTACH`.
     pub(super) fn attach(&self, argument: UserPtr) -> Result {
         let mut attach = muser_attach::read(argument)?;
-        if attach.flags != 0 || attach.reserved != 0 {
+        if attach.flags != 0 || attach.reserved != 0 || attach.state_size != 0 {
             return Err(EINVAL);
         }
         let wanted = attach.version;
@@ -229,6 +229,7 @@ impl NodeFile {
             replays: counters.replays.count(),
             withdrawn: counters.withdrawn.count(),
             attachments: counters.attachments.count(),
+            ..muser_counters::default()
         };
         query.write(argument)
     }

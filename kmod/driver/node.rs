@@ -98,7 +98,7 @@ pub(crate) trait Argument: FromBytes + IntoBytes + Immutable + Default {
 }
 
 impl Argument for muser_attach {
-    const FIRST_SIZE: usize = 72;
+    const FIRST_SIZE: usize = 80;
 }
 
 impl Argument for muser_next {
@@ -110,7 +110,7 @@ impl Argument for muser_trigger {
 }
 
 impl Argument for muser_query {
-    const FIRST_SIZE: usize = 152;
+    const FIRST_SIZE: usize = 208;
 }
 
 impl chrdev::Operations for NodeFile {

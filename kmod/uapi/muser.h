@@ -64,6 +64,9 @@
  */
 #define MUSER_SLOT_DATA 4096u
 
+/* Segments of one `muser_dma_copy`. */
+#define MUSER_MAX_SEGMENTS 1024u
+
 /* `muser_attach.bus`: a PCI device, of an mdev type whose `device_api` is `vfio-pci`. */
 #define MUSER_BUS_PCI 1u
 
@@ -78,6 +81,13 @@
 
 /* `muser_area.flags`: pages of the kernel back the area; client and process may map it. */
 #define MUSER_AREA_MMAP (1u << 0)
+
+/*
+ * `muser_area.flags`: a doorbell. A client's write is over as soon as its bytes lie in device
+ * memory; the process hears of it by an eventfd (`MUSER_DOORBELL`) and looks at the memory, which
+ * it alone may map. A read is answered from there as well.
+ */
+#define MUSER_AREA_DOORBELL (1u << 1)
 
 /* `muser_irq.flags`: vectors may signal an eventfd (`VFIO_IRQ_INFO_EVENTFD`). */
 #define MUSER_IRQ_EVENTFD (1u << 0)
@@ -112,7 +122,8 @@
 
 /*
  * `ENOSPC`: an array or a size exceeds its limit; `fault_index` is 0 for regions, 1 for areas,
- * 2 for interrupts, 3 for slots.
+ * 2 for interrupts, 3 for slots, 4 for the vectors of all interrupts together (the device's
+ * attribute `max_vectors`).
  */
 #define MUSER_FAULT_LIMIT 3u
 
@@ -134,7 +145,7 @@
 /* `EINVAL`: an area has unknown flags, none or several, or its reserved field is not zero. */
 #define MUSER_FAULT_AREA_FLAGS 9u
 
-/* `EINVAL`: an area is empty, or not aligned to pages. */
+/* `EINVAL`: an area is empty, or not aligned to pages (a doorbell: to 4 bytes). */
 #define MUSER_FAULT_AREA_ALIGN 10u
 
 /* `EOVERFLOW`: an area ends beyond its region, or beyond what 64 bits can say. */
@@ -170,8 +181,39 @@
 /* `EINVAL`: a PCI device lacks its config space (region `VFIO_PCI_CONFIG_REGION_INDEX`). */
 #define MUSER_FAULT_NO_CONFIG 19u
 
-/* `ENOSPC`: the mappable areas exceed the device's `max_memory` attribute. */
+/* `ENOSPC`: the areas exceed the device's `max_memory` attribute. */
 #define MUSER_FAULT_MEMORY 20u
+
+/* `ENOSPC`: `state_size` exceeds the device's `max_state` attribute. */
+#define MUSER_FAULT_STATE 21u
+
+/* `EBUSY`: another file waits in standby already. */
+#define MUSER_FAULT_STANDBY 22u
+
+/* `EDQUOT`: the areas exceed what is left to the creator of the device (`max_user_memory`). */
+#define MUSER_FAULT_USER_MEMORY 23u
+
+/*
+ * `muser_attach.flags`: if another file is attached, wait until it is no longer, and take over from
+ * it. The other one learns of it (`MUSER_STATE_STANDBY`, `ESHUTDOWN` of `MUSER_NEXT`), finishes
+ * what it has taken, and detaches; or it dies. Requests wait meanwhile and do not time out.
+ *
+ * The description is compared first. One file can wait; with `O_NONBLOCK`, the ioctl fails with
+ * `EAGAIN` as long as it would have to wait, and nobody is told.
+ */
+#define MUSER_ATTACH_STANDBY (1u << 0)
+
+/* `muser_attach.recovered`: the device was served before, so there is state to recover. */
+#define MUSER_RECOVERED_SERVED (1u << 0)
+
+/* `muser_attach.recovered`: a client has the device open. */
+#define MUSER_RECOVERED_CLIENT (1u << 1)
+
+/* `muser_attach.recovered`: requests wait, some of which were taken before. */
+#define MUSER_RECOVERED_REPLAYS (1u << 2)
+
+/* `muser_attach.recovered`: pages of the client are pinned. */
+#define MUSER_RECOVERED_PINS (1u << 3)
 
 /*
  * `muser_slot.kind`: read `count` bytes at `offset` of `region`; the reply carries them in the
@@ -182,8 +224,17 @@
 /* `muser_slot.kind`: write the `count` bytes of the slot's data at `offset` of `region`. */
 #define MUSER_REQUEST_WRITE 2u
 
-/* `muser_slot.kind`: reset the device to the state it has after power-on. */
+/*
+ * `muser_slot.kind`: reset the device to the state it has after power-on. A reset is taken when
+ * every request before it has ended, and nothing behind it is taken until it has.
+ */
 #define MUSER_REQUEST_RESET 3u
+
+/*
+ * `muser_slot.kind`: the client unmaps `length` bytes of IOVA from `offset` on, some of which are
+ * pinned. With the reply, or after the device's `unmap_timeout_ms`, the pages go.
+ */
+#define MUSER_REQUEST_UNMAP 4u
 
 /*
  * `muser_slot.flags`: a process took this request before and went away without a reply. A request
@@ -209,6 +260,15 @@
 /* `muser_trigger.flags`: lower the line of level-triggered vectors, instead of raising it. */
 #define MUSER_TRIGGER_LOWER (1u << 0)
 
+/* `muser_dma.flags`: to read from the client's memory. */
+#define MUSER_DMA_READ (1u << 0)
+
+/* `muser_dma.flags`: to write to the client's memory. */
+#define MUSER_DMA_WRITE (1u << 1)
+
+/* `muser_dma_copy.flags`: copy to the client's memory, instead of from it. */
+#define MUSER_DMA_COPY_WRITE (1u << 0)
+
 /* `muser_status.flags`, `muser_query.flags`: a client has the device open. */
 #define MUSER_STATE_CLIENT (1u << 0)
 
@@ -218,23 +278,39 @@
 /* `muser_query.flags`: the device has a description. */
 #define MUSER_STATE_DESCRIBED (1u << 2)
 
+/*
+ * `muser_status.flags`, `muser_query.flags`: a successor waits in standby for the attached process
+ * to detach.
+ */
+#define MUSER_STATE_STANDBY (1u << 3)
+
 /* Type byte of the ioctls. */
 #define MUSER_IOCTL_TYPE 0xBDu
 
 /* Offset at which an attached process maps its slots. */
 #define MUSER_MMAP_SLOTS 0ull
 
+/* Offset at which an attached process maps its device's state, `muser_attach.state_size` bytes. */
+#define MUSER_MMAP_STATE (1ull << 38)
+
 /* Offset at which `muser_status` is mapped, read-only. */
 #define MUSER_MMAP_STATUS (1ull << 39)
 
 /*
  * Offset at which offset 0 of region 0 is mapped; region `i` is `i << MUSER_MMAP_REGION_SHIFT`
- * further. Only areas with `MUSER_AREA_MMAP` can be mapped.
+ * further. Only areas can be mapped; of doorbells, the pages in which they lie.
  */
 #define MUSER_MMAP_REGIONS (1ull << 40)
 
 /* Regions lie `1 << MUSER_MMAP_REGION_SHIFT` bytes apart, here and in the VFIO device file. */
 #define MUSER_MMAP_REGION_SHIFT 40u
+
+/*
+ * Offset at which IOVA 0 is mapped, of IOVAs below this: the window. It shows the pages that are
+ * acquired. Where none is, reads give zeroes and writes are lost, until the page is acquired
+ * (again); what the process has lost that way may be what it reads there.
+ */
+#define MUSER_MMAP_WINDOW (1ull << 62)
 
 /* One region of a device: a BAR, config space, or a platform device's memory. */
 struct muser_region {
@@ -255,10 +331,11 @@ struct muser_region {
 /* Part of a region which does not behave like the rest. */
 struct muser_area {
     /*
-     * Offset in the region, a multiple of the page size, not before the end of the area before it.
+     * Offset in the region, not before the end of the area before it. A multiple of the page size;
+     * of a doorbell, of 4.
      */
     __u64 offset;
-    /* Bytes, a multiple of the page size. */
+    /* Bytes, a multiple of the same. */
     __u64 size;
     /* `MUSER_AREA_*`; exactly one of them. */
     __u32 flags;
@@ -284,7 +361,7 @@ struct muser_attach {
     __u32 size;
     /* In: the version the process was made for. Out: the version of the module. */
     __u32 version;
-    /* Zero: no flags yet. */
+    /* `MUSER_ATTACH_*`. */
     __u32 flags;
     /* `MUSER_BUS_*`. */
     __u32 bus;
@@ -308,6 +385,14 @@ struct muser_attach {
     __u32 fault;
     /* Out: which element the fault is about. */
     __u32 fault_index;
+    /* Out: `MUSER_RECOVERED_*`. */
+    __u32 recovered;
+    /*
+     * In: bytes of state wanted, for `MUSER_MMAP_STATE`. Out: bytes there are: as many or, if an
+     * earlier process wanted more, as it wanted. State outlives processes and clients, and starts as
+     * zeroes; the kernel makes nothing of it.
+     */
+    __u32 state_size;
     /* Zero. */
     __u32 reserved;
 };
@@ -326,7 +411,7 @@ struct muser_slot {
     __u32 kind;
     /* `MUSER_REQUEST_REPLAY`, `MUSER_REQUEST_CLOSE`. */
     __u32 flags;
-    /* Offset in the region. */
+    /* Offset in the region; of an unmap, the IOVA. */
     __u64 offset;
     /* Region's index. */
     __u32 region;
@@ -336,8 +421,10 @@ struct muser_slot {
     __s32 result;
     /* Zero; later versions poll it. */
     __u32 state;
+    /* Of an unmap, bytes; else zero. */
+    __u64 length;
     /* Zero. */
-    __u64 reserved[3];
+    __u64 reserved[2];
 };
 
 /*
@@ -362,10 +449,11 @@ struct muser_slot {
  *
  * # Errors of a take
  *
- * | errno    | meaning                                                                      |
- * |----------|------------------------------------------------------------------------------|
- * | `EAGAIN` | no request is there, or no slot is free, and the call may not wait           |
- * | `EINTR`  | a signal came (the call restarts by itself where the handler allows it)      |
+ * | errno       | meaning                                                                   |
+ * |-------------|---------------------------------------------------------------------------|
+ * | `EAGAIN`    | no request is there, or no slot is free, and the call may not wait        |
+ * | `EINTR`     | a signal came (the call restarts by itself where the handler allows it)   |
+ * | `ESHUTDOWN` | a successor waits in standby: finish what was taken, then detach          |
  */
 struct muser_next {
     /* Bytes of this struct. */
@@ -406,16 +494,115 @@ struct muser_trigger {
 };
 
 /*
+ * Argument of `MUSER_DOORBELL`: says which eventfd is signalled when a client rings.
+ *
+ * It fires at once, since a client may have rung while no process listened. An attachment that
+ * ends takes its eventfds with it; the values stay.
+ *
+ * # Errors
+ *
+ * `ENXIO`: the area does not exist or is no doorbell. `EBADF`, `EINVAL`: `fd` is not an eventfd.
+ */
+struct muser_doorbell {
+    /* Bytes of this struct. */
+    __u32 size;
+    /* Zero: no flags yet. */
+    __u32 flags;
+    /* Which of all areas, in the order of the description. */
+    __u32 area;
+    /* An eventfd, or -1 for none. */
+    __s32 fd;
+};
+
+/*
+ * Argument of `MUSER_DMA_ACQUIRE` and `MUSER_DMA_RELEASE`: pins the pages of a range of IOVA,
+ * or unpins them.
+ *
+ * Acquired pages stay pinned, whoever serves the device, until they are released, the client unmaps
+ * them, or it closes the device. What is pinned already costs nothing.
+ *
+ * # Errors
+ *
+ * Pages before the one that fails stay acquired, and `done` says how many bytes of the range they
+ * are: it is written also then.
+ *
+ * | errno       | meaning                                                                   |
+ * |-------------|---------------------------------------------------------------------------|
+ * | `EINVAL`    | unknown flags, none for an acquire or any for a release, or `length` is 0 |
+ * | `EOVERFLOW` | the range ends beyond 2^64                                                |
+ * | `EFAULT`    | the client has not mapped it, is just unmapping it, or is not there; or   |
+ * |             | it is not memory (another device's registers)                             |
+ * | `EPERM`     | the client has mapped it for reading only                                 |
+ * | `EDQUOT`    | it would exceed the device's `max_pinned`                                 |
+ * | `ENOMEM`    | it would exceed what the client may pin (`RLIMIT_MEMLOCK`)                |
+ * | `EINTR`     | a signal that kills came                                                  |
+ */
+struct muser_dma {
+    /* Bytes of this struct. */
+    __u32 size;
+    /* `MUSER_DMA_READ`, `MUSER_DMA_WRITE`. */
+    __u32 flags;
+    /* First IOVA of the range. */
+    __u64 iova;
+    /* Bytes. */
+    __u64 length;
+    /* Out: of an acquire, bytes from `iova` on that are acquired; of a release, bytes unpinned. */
+    __u64 done;
+    /* Out: `muser_status.dma_generation` as long as none of the range has gone away again. */
+    __u64 generation;
+};
+
+/* Part of a `muser_dma_copy`. */
+struct muser_dma_segment {
+    /* IOVA in the client's memory. */
+    __u64 iova;
+    /* Address in the caller's memory. */
+    __u64 address;
+    /* Bytes. */
+    __u64 length;
+};
+
+/*
+ * Argument of `MUSER_DMA_COPY`: copies between the client's memory and the caller's, segment by
+ * segment. It acquires what is not acquired yet.
+ *
+ * # Errors
+ *
+ * As `muser_dma`, and `EFAULT` also for an `address` that leads nowhere. `done` says how many
+ * bytes of the segments were copied: it is written also then. `E2BIG`: more than
+ * `MUSER_MAX_SEGMENTS`.
+ */
+struct muser_dma_copy {
+    /* Bytes of this struct. */
+    __u32 size;
+    /* `MUSER_DMA_COPY_WRITE`. */
+    __u32 flags;
+    /* Address of an array of `muser_dma_segment`. */
+    __u64 segments;
+    /* Its elements. */
+    __u32 num_segments;
+    /* Zero. */
+    __u32 reserved;
+    /* Out: bytes copied. */
+    __u64 done;
+};
+
+/*
  * What the process can see of its device without a system call: one page, mapped read-only at
  * `MUSER_MMAP_STATUS`, written by the module.
  */
 struct muser_status {
-    /* `MUSER_STATE_CLIENT`. */
+    /* `MUSER_STATE_CLIENT`, `MUSER_STATE_STANDBY`. */
     __u32 flags;
     /* Zero. */
     __u32 reserved;
     /* By interrupt index, the number of vectors that have an eventfd. */
     __u32 irq_enabled[MUSER_MAX_IRQ_INDEXES];
+    /*
+     * Grows whenever acquired pages go away. A range acquired at one generation can be used in the
+     * window as long as it is the same.
+     */
+    __u64 dma_generation;
 };
 
 /* What a device has done, in `muser_query`. Counters start at 0 when the device is created. */
@@ -440,6 +627,16 @@ struct muser_counters {
     __u64 withdrawn;
     /* Attachments so far. */
     __u64 attachments;
+    /* Writes to doorbells. */
+    __u64 doorbells;
+    /* Unmaps of ranges with pinned pages. */
+    __u64 unmaps;
+    /* Those of them that the process did not answer in time, or at all. */
+    __u64 unmaps_forced;
+    /* Pages pinned. */
+    __u64 pins;
+    /* Pages unpinned. */
+    __u64 unpins;
 };
 
 /*
@@ -474,8 +671,14 @@ struct muser_query {
     __u32 queued;
     /* Out: requests taken and not answered. */
     __u32 taken;
-    /* Out: pages of device memory allocated. */
+    /* Out: pages of device memory allocated, those of the state included. */
     __u64 memory_pages;
+    /* Out: pages of the client's memory pinned. */
+    __u64 pinned_pages;
+    /* Out: bytes of state, see `MUSER_MMAP_STATE`. */
+    __u32 state_size;
+    /* Out: process id, as `pid`, of who waits in standby, or 0. */
+    __u32 standby_pid;
     /* Out. */
     struct muser_counters counters;
 };
@@ -516,5 +719,17 @@ struct muser_irq_state {
  * attach again. Closing the file's last descriptor, with all mappings of it gone, does the same.
  */
 #define MUSER_DETACH _IO(MUSER_IOCTL_TYPE, 4)
+
+/* Pins a range of the client's memory: `muser_dma`. */
+#define MUSER_DMA_ACQUIRE _IO(MUSER_IOCTL_TYPE, 5)
+
+/* Unpins a range of the client's memory: `muser_dma`. */
+#define MUSER_DMA_RELEASE _IO(MUSER_IOCTL_TYPE, 6)
+
+/* Copies to or from the client's memory: `muser_dma_copy`. */
+#define MUSER_DMA_COPY _IO(MUSER_IOCTL_TYPE, 7)
+
+/* Joins a doorbell with an eventfd: `muser_doorbell`. */
+#define MUSER_DOORBELL _IO(MUSER_IOCTL_TYPE, 8)
 
 #endif /* _MUSER_H */

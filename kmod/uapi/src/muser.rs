@@ -54,6 +54,8 @@ pub const MUSER_DEFAULT_SLOTS: u32 = 16;
 pub const MUSER_MAX_REGION_SIZE: u64 = 1 << 40;
 /// Bytes of data one request carries; a longer access becomes several requests in ascending order.
 pub const MUSER_SLOT_DATA: u32 = 4096;
+/// Segments of one [`muser_dma_copy`].
+pub const MUSER_MAX_SEGMENTS: u32 = 1024;
 
 // ---------------------------------------------------------------------------------------------
 // The description of a device, given once by the first process which attaches
@@ -89,6 +91,10 @@ pub struct muser_region {
 
 /// `muser_area.flags`: pages of the kernel back the area; client and process may map it.
 pub const MUSER_AREA_MMAP: u32 = 1 << 0;
+/// `muser_area.flags`: a doorbell. A client's write is over as soon as its bytes lie in device
+/// memory; the process hears of it by an eventfd ([`MUSER_DOORBELL`]) and looks at the memory, which
+/// it alone may map. A read is answered from there as well.
+pub const MUSER_AREA_DOORBELL: u32 = 1 << 1;
 
 /// Part of a region which does not behave like the rest.
 #[derive(
@@ -96,9 +102,10 @@ pub const MUSER_AREA_MMAP: u32 = 1 << 0;
 )]
 #[repr(C)]
 pub struct muser_area {
-    /// Offset in the region, a multiple of the page size, not before the end of the area before it.
+    /// Offset in the region, not before the end of the area before it. A multiple of the page size;
+    /// of a doorbell, of 4.
     pub offset: u64,
-    /// Bytes, a multiple of the page size.
+    /// Bytes, a multiple of the same.
     pub size: u64,
     /// `MUSER_AREA_*`; exactly one of them.
     pub flags: u32,
@@ -142,7 +149,8 @@ pub const MUSER_FAULT_VERSION: u32 = 1;
 /// `EINVAL`: `bus` is unknown or not that of the device's mdev type.
 pub const MUSER_FAULT_BUS: u32 = 2;
 /// `ENOSPC`: an array or a size exceeds its limit; `fault_index` is 0 for regions, 1 for areas,
-/// 2 for interrupts, 3 for slots.
+/// 2 for interrupts, 3 for slots, 4 for the vectors of all interrupts together (the device's
+/// attribute `max_vectors`).
 pub const MUSER_FAULT_LIMIT: u32 = 3;
 /// `EINVAL`: a region's index is out of range for the bus, or not above that of the one before.
 pub const MUSER_FAULT_REGION_INDEX: u32 = 4;
@@ -156,7 +164,7 @@ pub const MUSER_FAULT_REGION_OVERFLOW: u32 = 7;
 pub const MUSER_FAULT_AREA_COUNT: u32 = 8;
 /// `EINVAL`: an area has unknown flags, none or several, or its reserved field is not zero.
 pub const MUSER_FAULT_AREA_FLAGS: u32 = 9;
-/// `EINVAL`: an area is empty, or not aligned to pages.
+/// `EINVAL`: an area is empty, or not aligned to pages (a doorbell: to 4 bytes).
 pub const MUSER_FAULT_AREA_ALIGN: u32 = 10;
 /// `EOVERFLOW`: an area ends beyond its region, or beyond what 64 bits can say.
 pub const MUSER_FAULT_AREA_OVERFLOW: u32 = 11;
@@ -178,8 +186,31 @@ pub const MUSER_FAULT_ATTACHED_SELF: u32 = 17;
 pub const MUSER_FAULT_DIFFERS: u32 = 18;
 /// `EINVAL`: a PCI device lacks its config space (region `VFIO_PCI_CONFIG_REGION_INDEX`).
 pub const MUSER_FAULT_NO_CONFIG: u32 = 19;
-/// `ENOSPC`: the mappable areas exceed the device's `max_memory` attribute.
+/// `ENOSPC`: the areas exceed the device's `max_memory` attribute.
 pub const MUSER_FAULT_MEMORY: u32 = 20;
+/// `ENOSPC`: `state_size` exceeds the device's `max_state` attribute.
+pub const MUSER_FAULT_STATE: u32 = 21;
+/// `EBUSY`: another file waits in standby already.
+pub const MUSER_FAULT_STANDBY: u32 = 22;
+/// `EDQUOT`: the areas exceed what is left to the creator of the device (`max_user_memory`).
+pub const MUSER_FAULT_USER_MEMORY: u32 = 23;
+
+/// `muser_attach.flags`: if another file is attached, wait until it is no longer, and take over from
+/// it. The other one learns of it ([`MUSER_STATE_STANDBY`], `ESHUTDOWN` of [`MUSER_NEXT`]), finishes
+/// what it has taken, and detaches; or it dies. Requests wait meanwhile and do not time out.
+///
+/// The description is compared first. One file can wait; with `O_NONBLOCK`, the ioctl fails with
+/// `EAGAIN` as long as it would have to wait, and nobody is told.
+pub const MUSER_ATTACH_STANDBY: u32 = 1 << 0;
+
+/// `muser_attach.recovered`: the device was served before, so there is state to recover.
+pub const MUSER_RECOVERED_SERVED: u32 = 1 << 0;
+/// `muser_attach.recovered`: a client has the device open.
+pub const MUSER_RECOVERED_CLIENT: u32 = 1 << 1;
+/// `muser_attach.recovered`: requests wait, some of which were taken before.
+pub const MUSER_RECOVERED_REPLAYS: u32 = 1 << 2;
+/// `muser_attach.recovered`: pages of the client are pinned.
+pub const MUSER_RECOVERED_PINS: u32 = 1 << 3;
 
 /// Argument of [`MUSER_ATTACH`]: makes the file the server of its device.
 #[derive(
@@ -191,7 +222,7 @@ pub struct muser_attach {
     pub size: u32,
     /// In: the version the process was made for. Out: the version of the module.
     pub version: u32,
-    /// Zero: no flags yet.
+    /// `MUSER_ATTACH_*`.
     pub flags: u32,
     /// `MUSER_BUS_*`.
     pub bus: u32,
@@ -215,6 +246,12 @@ pub struct muser_attach {
     pub fault: u32,
     /// Out: which element the fault is about.
     pub fault_index: u32,
+    /// Out: `MUSER_RECOVERED_*`.
+    pub recovered: u32,
+    /// In: bytes of state wanted, for [`MUSER_MMAP_STATE`]. Out: bytes there are: as many or, if an
+    /// earlier process wanted more, as it wanted. State outlives processes and clients, and starts as
+    /// zeroes; the kernel makes nothing of it.
+    pub state_size: u32,
     /// Zero.
     pub reserved: u32,
 }
@@ -228,8 +265,12 @@ pub struct muser_attach {
 pub const MUSER_REQUEST_READ: u32 = 1;
 /// `muser_slot.kind`: write the `count` bytes of the slot's data at `offset` of `region`.
 pub const MUSER_REQUEST_WRITE: u32 = 2;
-/// `muser_slot.kind`: reset the device to the state it has after power-on.
+/// `muser_slot.kind`: reset the device to the state it has after power-on. A reset is taken when
+/// every request before it has ended, and nothing behind it is taken until it has.
 pub const MUSER_REQUEST_RESET: u32 = 3;
+/// `muser_slot.kind`: the client unmaps `length` bytes of IOVA from `offset` on, some of which are
+/// pinned. With the reply, or after the device's `unmap_timeout_ms`, the pages go.
+pub const MUSER_REQUEST_UNMAP: u32 = 4;
 
 /// `muser_slot.flags`: a process took this request before and went away without a reply. A request
 /// that 64 processes in a row went away with fails with `EIO`.
@@ -253,7 +294,7 @@ pub struct muser_slot {
     pub kind: u32,
     /// `MUSER_REQUEST_REPLAY`, `MUSER_REQUEST_CLOSE`.
     pub flags: u32,
-    /// Offset in the region.
+    /// Offset in the region; of an unmap, the IOVA.
     pub offset: u64,
     /// Region's index.
     pub region: u32,
@@ -263,8 +304,10 @@ pub struct muser_slot {
     pub result: i32,
     /// Zero; later versions poll it.
     pub state: u32,
+    /// Of an unmap, bytes; else zero.
+    pub length: u64,
     /// Zero.
-    pub reserved: [u64; 3],
+    pub reserved: [u64; 2],
 }
 
 /// `muser_next.flags`: `slot` holds a reply. Cleared in place as soon as the reply is accepted, so
@@ -296,10 +339,11 @@ pub const MUSER_NEXT_NONBLOCK: u32 = 1 << 2;
 ///
 /// # Errors of a take
 ///
-/// | errno    | meaning                                                                      |
-/// |----------|------------------------------------------------------------------------------|
-/// | `EAGAIN` | no request is there, or no slot is free, and the call may not wait           |
-/// | `EINTR`  | a signal came (the call restarts by itself where the handler allows it)      |
+/// | errno       | meaning                                                                   |
+/// |-------------|---------------------------------------------------------------------------|
+/// | `EAGAIN`    | no request is there, or no slot is free, and the call may not wait        |
+/// | `EINTR`     | a signal came (the call restarts by itself where the handler allows it)   |
+/// | `ESHUTDOWN` | a successor waits in standby: finish what was taken, then detach          |
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
@@ -352,6 +396,126 @@ pub struct muser_trigger {
 }
 
 // ---------------------------------------------------------------------------------------------
+// Doorbells
+// ---------------------------------------------------------------------------------------------
+
+/// Argument of [`MUSER_DOORBELL`]: says which eventfd is signalled when a client rings.
+///
+/// It fires at once, since a client may have rung while no process listened. An attachment that
+/// ends takes its eventfds with it; the values stay.
+///
+/// # Errors
+///
+/// `ENXIO`: the area does not exist or is no doorbell. `EBADF`, `EINVAL`: `fd` is not an eventfd.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct muser_doorbell {
+    /// Bytes of this struct.
+    pub size: u32,
+    /// Zero: no flags yet.
+    pub flags: u32,
+    /// Which of all areas, in the order of the description.
+    pub area: u32,
+    /// An eventfd, or -1 for none.
+    pub fd: i32,
+}
+
+// ---------------------------------------------------------------------------------------------
+// DMA: the client's memory by IOVA
+// ---------------------------------------------------------------------------------------------
+
+/// `muser_dma.flags`: to read from the client's memory.
+pub const MUSER_DMA_READ: u32 = 1 << 0;
+/// `muser_dma.flags`: to write to the client's memory.
+pub const MUSER_DMA_WRITE: u32 = 1 << 1;
+
+/// Argument of [`MUSER_DMA_ACQUIRE`] and [`MUSER_DMA_RELEASE`]: pins the pages of a range of IOVA,
+/// or unpins them.
+///
+/// Acquired pages stay pinned, whoever serves the device, until they are released, the client unmaps
+/// them, or it closes the device. What is pinned already costs nothing.
+///
+/// # Errors
+///
+/// Pages before the one that fails stay acquired, and `done` says how many bytes of the range they
+/// are: it is written also then.
+///
+/// | errno       | meaning                                                                   |
+/// |-------------|---------------------------------------------------------------------------|
+/// | `EINVAL`    | unknown flags, none for an acquire or any for a release, or `length` is 0 |
+/// | `EOVERFLOW` | the range ends beyond 2^64                                                |
+/// | `EFAULT`    | the client has not mapped it, is just unmapping it, or is not there; or   |
+/// |             | it is not memory (another device's registers)                             |
+/// | `EPERM`     | the client has mapped it for reading only                                 |
+/// | `EDQUOT`    | it would exceed the device's `max_pinned`                                 |
+/// | `ENOMEM`    | it would exceed what the client may pin (`RLIMIT_MEMLOCK`)                |
+/// | `EINTR`     | a signal that kills came                                                  |
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct muser_dma {
+    /// Bytes of this struct.
+    pub size: u32,
+    /// `MUSER_DMA_READ`, `MUSER_DMA_WRITE`.
+    pub flags: u32,
+    /// First IOVA of the range.
+    pub iova: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Out: of an acquire, bytes from `iova` on that are acquired; of a release, bytes unpinned.
+    pub done: u64,
+    /// Out: `muser_status.dma_generation` as long as none of the range has gone away again.
+    pub generation: u64,
+}
+
+/// `muser_dma_copy.flags`: copy to the client's memory, instead of from it.
+pub const MUSER_DMA_COPY_WRITE: u32 = 1 << 0;
+
+/// Part of a [`muser_dma_copy`].
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct muser_dma_segment {
+    /// IOVA in the client's memory.
+    pub iova: u64,
+    /// Address in the caller's memory.
+    pub address: u64,
+    /// Bytes.
+    pub length: u64,
+}
+
+/// Argument of [`MUSER_DMA_COPY`]: copies between the client's memory and the caller's, segment by
+/// segment. It acquires what is not acquired yet.
+///
+/// # Errors
+///
+/// As [`muser_dma`], and `EFAULT` also for an `address` that leads nowhere. `done` says how many
+/// bytes of the segments were copied: it is written also then. `E2BIG`: more than
+/// [`MUSER_MAX_SEGMENTS`].
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct muser_dma_copy {
+    /// Bytes of this struct.
+    pub size: u32,
+    /// `MUSER_DMA_COPY_WRITE`.
+    pub flags: u32,
+    /// Address of an array of [`muser_dma_segment`].
+    pub segments: u64,
+    /// Its elements.
+    pub num_segments: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Out: bytes copied.
+    pub done: u64,
+}
+
+// ---------------------------------------------------------------------------------------------
 // State
 // ---------------------------------------------------------------------------------------------
 
@@ -361,6 +525,9 @@ pub const MUSER_STATE_CLIENT: u32 = 1 << 0;
 pub const MUSER_STATE_ATTACHED: u32 = 1 << 1;
 /// `muser_query.flags`: the device has a description.
 pub const MUSER_STATE_DESCRIBED: u32 = 1 << 2;
+/// `muser_status.flags`, `muser_query.flags`: a successor waits in standby for the attached process
+/// to detach.
+pub const MUSER_STATE_STANDBY: u32 = 1 << 3;
 
 /// What the process can see of its device without a system call: one page, mapped read-only at
 /// [`MUSER_MMAP_STATUS`], written by the module.
@@ -369,12 +536,15 @@ pub const MUSER_STATE_DESCRIBED: u32 = 1 << 2;
 )]
 #[repr(C)]
 pub struct muser_status {
-    /// `MUSER_STATE_CLIENT`.
+    /// `MUSER_STATE_CLIENT`, `MUSER_STATE_STANDBY`.
     pub flags: u32,
     /// Zero.
     pub reserved: u32,
     /// By interrupt index, the number of vectors that have an eventfd.
     pub irq_enabled: [u32; MUSER_MAX_IRQ_INDEXES as usize],
+    /// Grows whenever acquired pages go away. A range acquired at one generation can be used in the
+    /// window as long as it is the same.
+    pub dma_generation: u64,
 }
 
 /// What a device has done, in [`muser_query`]. Counters start at 0 when the device is created.
@@ -403,6 +573,16 @@ pub struct muser_counters {
     pub withdrawn: u64,
     /// Attachments so far.
     pub attachments: u64,
+    /// Writes to doorbells.
+    pub doorbells: u64,
+    /// Unmaps of ranges with pinned pages.
+    pub unmaps: u64,
+    /// Those of them that the process did not answer in time, or at all.
+    pub unmaps_forced: u64,
+    /// Pages pinned.
+    pub pins: u64,
+    /// Pages unpinned.
+    pub unpins: u64,
 }
 
 /// Argument of [`MUSER_QUERY`], which any file of the node may call, attached or not.
@@ -439,8 +619,14 @@ pub struct muser_query {
     pub queued: u32,
     /// Out: requests taken and not answered.
     pub taken: u32,
-    /// Out: pages of device memory allocated.
+    /// Out: pages of device memory allocated, those of the state included.
     pub memory_pages: u64,
+    /// Out: pages of the client's memory pinned.
+    pub pinned_pages: u64,
+    /// Out: bytes of state, see [`MUSER_MMAP_STATE`].
+    pub state_size: u32,
+    /// Out: process id, as `pid`, of who waits in standby, or 0.
+    pub standby_pid: u32,
     /// Out.
     pub counters: muser_counters,
 }
@@ -491,22 +677,36 @@ pub const MUSER_QUERY: u32 = io(3);
 /// its threads which wait in [`MUSER_NEXT`] get `ENOTCONN`. It takes no argument, and the file can't
 /// attach again. Closing the file's last descriptor, with all mappings of it gone, does the same.
 pub const MUSER_DETACH: u32 = io(4);
+/// Pins a range of the client's memory: [`muser_dma`].
+pub const MUSER_DMA_ACQUIRE: u32 = io(5);
+/// Unpins a range of the client's memory: [`muser_dma`].
+pub const MUSER_DMA_RELEASE: u32 = io(6);
+/// Copies to or from the client's memory: [`muser_dma_copy`].
+pub const MUSER_DMA_COPY: u32 = io(7);
+/// Joins a doorbell with an eventfd: [`muser_doorbell`].
+pub const MUSER_DOORBELL: u32 = io(8);
 
 /// Offset at which an attached process maps its slots.
 pub const MUSER_MMAP_SLOTS: u64 = 0;
+/// Offset at which an attached process maps its device's state, `muser_attach.state_size` bytes.
+pub const MUSER_MMAP_STATE: u64 = 1 << 38;
 /// Offset at which [`muser_status`] is mapped, read-only.
 pub const MUSER_MMAP_STATUS: u64 = 1 << 39;
 /// Offset at which offset 0 of region 0 is mapped; region `i` is `i << MUSER_MMAP_REGION_SHIFT`
-/// further. Only areas with `MUSER_AREA_MMAP` can be mapped.
+/// further. Only areas can be mapped; of doorbells, the pages in which they lie.
 pub const MUSER_MMAP_REGIONS: u64 = 1 << 40;
 /// Regions lie `1 << MUSER_MMAP_REGION_SHIFT` bytes apart, here and in the VFIO device file.
 pub const MUSER_MMAP_REGION_SHIFT: u32 = 40;
+/// Offset at which IOVA 0 is mapped, of IOVAs below this: the window. It shows the pages that are
+/// acquired. Where none is, reads give zeroes and writes are lost, until the page is acquired
+/// (again); what the process has lost that way may be what it reads there.
+pub const MUSER_MMAP_WINDOW: u64 = 1 << 62;
 
 const _: () = {
     assert!(size_of::<muser_region>() == 24);
     assert!(size_of::<muser_area>() == 24);
     assert!(size_of::<muser_irq>() == 16);
-    assert!(size_of::<muser_attach>() == 72);
+    assert!(size_of::<muser_attach>() == 80);
     assert!(offset_of!(muser_attach, regions) == 32);
     assert!(offset_of!(muser_attach, fault) == 60);
     assert!(size_of::<muser_slot>() == 64);
@@ -514,10 +714,15 @@ const _: () = {
     assert!(offset_of!(muser_slot, result) == 32);
     assert!(size_of::<muser_next>() == 16);
     assert!(size_of::<muser_trigger>() == 32);
-    assert!(size_of::<muser_status>() == 136);
-    assert!(size_of::<muser_counters>() == 80);
-    assert!(size_of::<muser_query>() == 152);
-    assert!(offset_of!(muser_query, counters) == 72);
+    assert!(size_of::<muser_status>() == 144);
+    assert!(offset_of!(muser_status, dma_generation) == 136);
+    assert!(size_of::<muser_counters>() == 120);
+    assert!(size_of::<muser_query>() == 208);
+    assert!(offset_of!(muser_query, counters) == 88);
     assert!(size_of::<muser_irq_state>() == 32);
+    assert!(size_of::<muser_doorbell>() == 16);
+    assert!(size_of::<muser_dma>() == 40);
+    assert!(size_of::<muser_dma_copy>() == 32);
+    assert!(size_of::<muser_dma_segment>() == 24);
     assert!(MUSER_MAX_REGION_SIZE == 1 << MUSER_MMAP_REGION_SHIFT);
 };

@@ -494,7 +494,8 @@ impl Server {
             count: u32::MAX,
             result: i32::MIN,
             state: u32::MAX,
-            reserved: [u64::MAX; 3],
+            length: u64::MAX,
+            reserved: [u64::MAX; 2],
         };
         self.slots
             .write_bytes(slot as usize * self.stride, garbage.as_bytes());

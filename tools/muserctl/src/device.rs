@@ -113,6 +113,11 @@ pub(crate) struct Counters {
     pub(crate) replays: u64,
     pub(crate) withdrawn: u64,
     pub(crate) attachments: u64,
+    pub(crate) doorbells: u64,
+    pub(crate) unmaps: u64,
+    pub(crate) unmaps_forced: u64,
+    pub(crate) pins: u64,
+    pub(crate) unpins: u64,
 }
 
 impl Device {
@@ -263,6 +268,11 @@ impl From<&muser_counters> for Counters {
             replays,
             withdrawn,
             attachments,
+            doorbells,
+            unmaps,
+            unmaps_forced,
+            pins,
+            unpins,
         } = *counters;
         Self {
             reads,
@@ -275,6 +285,11 @@ impl From<&muser_counters> for Counters {
             replays,
             withdrawn,
             attachments,
+            doorbells,
+            unmaps,
+            unmaps_forced,
+            pins,
+            unpins,
         }
     }
 }

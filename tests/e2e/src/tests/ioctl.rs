@@ -92,7 +92,7 @@ fn attach(description: &Description) -> Call {
         name: "ATTACH",
         number: MUSER_ATTACH,
         argument: description.argument().as_bytes().to_vec(),
-        reserved: &[68],
+        reserved: &[76],
         flags: Some(8),
     }
 }
