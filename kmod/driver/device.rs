@@ -14,10 +14,12 @@ use crate::{
         irqs::Irqs,
         memory::Memory,
         queue::{Entry, Holder, Id, Queue, Withdrawn},
-        request::Request, //
+        request::{Kind, Request}, //
     },
     uapi::*,
     vfio::{
+        inode::{Inode, Inodes},
+        pins::Pins,
         process::Process,
         shared::SharedMemory,
         wait::{Moment, Signals, Timeout, WaitQueue, Woken}, //
@@ -25,6 +27,7 @@ use crate::{
 };
 use core::mem::{offset_of, size_of};
 use kernel::{
+    page::PAGE_SIZE,
     prelude::*,
     static_lock_class,
     str::CString,
@@ -43,6 +46,10 @@ const MAX_REQUESTS: usize = 512;
 const REATTACH_TIMEOUT_MS: u32 = 5_000;
 /// Default of the attribute `max_memory`, in bytes.
 const MAX_MEMORY: u64 = 256 << 20;
+/// Default of the attribute `max_pinned`, in bytes.
+const MAX_PINNED: u64 = 1 << 30;
+/// Default of the attribute `unmap_timeout_ms`.
+const UNMAP_TIMEOUT_MS: u32 = 1_000;
 
 /// The description that the first process gave, and what was made by it.
 pub(crate) struct Described {
@@ -200,6 +207,8 @@ pub(crate) struct Counters {
     pub(crate) replays: Counter,
     pub(crate) withdrawn: Counter,
     pub(crate) attachments: Counter,
+    pub(crate) unmaps: Counter,
+    pub(crate) unmaps_forced: Counter,
 }
 
 /// What was said in the log once, so that a hostile process can't flood it.
@@ -218,6 +227,8 @@ pub(crate) enum Complaint {
     Full,
     /// A process went away before it had answered everything.
     Gone,
+    /// A process did not answer an unmap in time.
+    Unmap,
 }
 
 impl Complaints {
@@ -258,6 +269,10 @@ pub(crate) struct Device {
     room: WaitQueue,
     /// Pages of mappable areas.
     pub(crate) memory: Arc<Memory>,
+    /// Pages of its client's memory.
+    pub(crate) pins: Arc<Pins>,
+    /// The attachment that last failed to answer an unmap, and nothing since.
+    pub(crate) deaf: Atomic<u64>,
     /// The page of `muser_status`.
     pub(crate) status: Arc<SharedMemory>,
     /// What it did.
@@ -268,11 +283,15 @@ pub(crate) struct Device {
     pub(crate) reattach_timeout_ms: Atomic<u32>,
     /// Attribute: bytes of device memory that a description may ask for.
     pub(crate) max_memory: Atomic<u64>,
+    /// Attribute: bytes of its client's memory that may be pinned.
+    pub(crate) max_pinned: Atomic<u64>,
+    /// Attribute: how long a client's unmap waits for the process.
+    pub(crate) unmap_timeout_ms: Atomic<u32>,
 }
 
 impl Device {
     /// Makes a device which nobody has described.
-    pub(crate) fn new(name: &CStr, bus: u32) -> Result<Arc<Self>> {
+    pub(crate) fn new(name: &CStr, bus: u32, inodes: &Arc<Inodes>) -> Result<Arc<Self>> {
         let mut places = KVVec::with_capacity(MAX_REQUESTS, GFP_KERNEL_ACCOUNT)?;
         for _ in 0..MAX_REQUESTS {
             places.push(None, GFP_KERNEL_ACCOUNT)?;
@@ -285,6 +304,14 @@ impl Device {
             removed: false,
             client: false,
         };
+        let status = SharedMemory::new(size_of::<muser_status>())?;
+        let status = Arc::new(status, GFP_KERNEL_ACCOUNT)?;
+        let pins = Pins::new(
+            Inode::new(inodes)?,
+            MUSER_MMAP_WINDOW as usize / PAGE_SIZE,
+            status.clone(),
+            offset_of!(muser_status, dma_generation),
+        )?;
         Arc::pin_init(
             try_pin_init!(Self {
                 name: CString::try_from(name)?,
@@ -294,11 +321,15 @@ impl Device {
                 takers <- WaitQueue::new(c"muser_takers", static_lock_class!()),
                 room <- WaitQueue::new(c"muser_room", static_lock_class!()),
                 memory: Memory::new()?,
-                status: Arc::new(SharedMemory::new(size_of::<muser_status>())?, GFP_KERNEL_ACCOUNT)?,
+                pins,
+                deaf: Atomic::new(0),
+                status,
                 counters: Counters::default(),
                 complaints: Complaints::new(),
                 reattach_timeout_ms: Atomic::new(REATTACH_TIMEOUT_MS),
                 max_memory: Atomic::new(MAX_MEMORY),
+                max_pinned: Atomic::new(MAX_PINNED),
+                unmap_timeout_ms: Atomic::new(UNMAP_TIMEOUT_MS),
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -364,6 +395,26 @@ impl Device {
                 Woken::TimedOut => {}
             }
         }
+    }
+
+    /// Has the process which is attached, if there is one, perform a request, and waits `ms`
+    /// milliseconds for it at most. Returns whether it is done.
+    pub(crate) fn perform_within(&self, request: &Arc<Request>, ms: u32) -> bool {
+        let id = {
+            let mut state = self.state.lock();
+            if state.attachment.is_none() {
+                return false;
+            }
+            state.requests.push(request.clone())
+        };
+        let Some(id) = id else { return false };
+        self.takers.wake_one();
+        let done = request.done().wait(Timeout::from_ms(ms));
+        if let Woken::Ready(()) = done {
+            return request.result().is_ok();
+        }
+        self.withdraw(id);
+        false
     }
 
     /// Has a process perform a request which nobody waits for.
@@ -458,6 +509,8 @@ impl Device {
             let Some(request) = poison else { break };
             request.finish(EIO.to_errno());
         }
+        // What the process used of the client's memory is not used any more.
+        self.end_unmaps();
         // Threads of the process which wait for a request find that they are not attached.
         self.takers.wake_all();
         // Abandoned requests ended, too.
@@ -468,6 +521,16 @@ impl Device {
                 self.name(),
                 replays
             );
+        }
+    }
+
+    /// Ends the unmaps in flight: the process that was asked is gone.
+    fn end_unmaps(&self) {
+        let is_unmap = |request: &Arc<Request>| matches!(request.kind(), Kind::Unmap { .. });
+        loop {
+            let unmap = self.state.lock().requests.pop_where(is_unmap);
+            let Some(request) = unmap else { break };
+            request.finish(0);
         }
     }
 

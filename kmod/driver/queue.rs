@@ -310,6 +310,14 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
         self.remove(id)
     }
 
+    /// Ends one of the requests that `which` says yes to, whatever its state, and hands its payload
+    /// back. A reply to it is one to an unknown request.
+    pub(crate) fn pop_where(&mut self, which: impl Fn(&T) -> bool) -> Option<T> {
+        let mut entries = self.entries.iter().flatten();
+        let id = entries.find(|entry| which(&entry.payload))?.id;
+        self.remove(id)
+    }
+
     /// Ends the oldest request, whatever its state, and hands its payload back.
     pub(crate) fn pop(&mut self) -> Option<T> {
         let id = self.entries.iter().flatten().map(|entry| entry.id).min()?;
