@@ -3,6 +3,7 @@
 
 mod attach;
 mod attach_limit;
+mod barrier;
 mod clean;
 mod close;
 mod conformance;
@@ -76,7 +77,7 @@ fn roads(name: &str, run: OnRoad) -> impl Iterator<Item = Test> {
 
 /// All tests.
 pub(crate) fn all() -> Vec<Test> {
-    let topics: [fn() -> Vec<Test>; 24] = [
+    let topics: [fn() -> Vec<Test>; 25] = [
         module::tests,
         module::long,
         sysfs::tests,
@@ -88,6 +89,7 @@ pub(crate) fn all() -> Vec<Test> {
         vfio_bad::tests,
         request::tests,
         parallel::tests,
+        barrier::tests,
         reply::tests,
         vanish::tests,
         irq::tests,
