@@ -42,6 +42,8 @@ use kernel::{
 
 /// Requests in flight at a time; more clients' threads wait for a place.
 const MAX_REQUESTS: usize = 512;
+/// How many processes in a row a request may end before it is given up.
+const MAX_REPLAYS: u32 = 64;
 /// Default of the attribute `reattach_timeout_ms`.
 const REATTACH_TIMEOUT_MS: u32 = 5_000;
 /// Default of the attribute `max_memory`, in bytes.
@@ -158,6 +160,14 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// Queues a request; `None` if there is no room.
+    fn queue(&mut self, request: &Arc<Request>) -> Option<Id> {
+        match request.kind() {
+            Kind::Reset { .. } => self.requests.push_barrier(request.clone()),
+            Kind::Read(_) | Kind::Write(_) => self.requests.push(request.clone()),
+        }
+    }
+
     /// Whether the attachment `owner` is the present one.
     pub(crate) fn is_served_by(&self, owner: u64) -> bool {
         matches!(&self.attachment, Some(attachment) if attachment.owner == owner)
@@ -297,7 +307,7 @@ impl Device {
             places.push(None, GFP_KERNEL_ACCOUNT)?;
         }
         let state = State {
-            requests: Queue::new(places),
+            requests: Queue::new(places, MAX_REPLAYS),
             attachment: None,
             next_owner: 1,
             detached_since: Moment::now(),
@@ -426,7 +436,7 @@ impl Device {
                 .requests
                 .last_queued()
                 .is_some_and(|last| last.kind() == kind);
-            state.removed || doubled || state.requests.push(request.clone()).is_some()
+            state.removed || doubled || state.queue(request).is_some()
         };
         if !queued && self.complaints.is_first(Complaint::Full) {
             pr_warn!(
@@ -442,7 +452,7 @@ impl Device {
         if state.removed {
             return Some(Err(ENODEV));
         }
-        state.requests.push(request.clone()).map(Ok)
+        state.queue(request).map(Ok)
     }
 
     /// How long a request made at `start` has left if nothing changes, and whether that is final.
@@ -474,7 +484,7 @@ impl Device {
             }
         };
         if withdrawn.is_some() {
-            self.room.wake_one();
+            self.left();
         }
         withdrawn.is_some()
     }
@@ -483,13 +493,17 @@ impl Device {
     fn withdraw(&self, id: Id) {
         let withdrawn = self.state.lock().requests.withdraw(id);
         if let Withdrawn::Removed(_) = withdrawn {
-            self.room.wake_one();
+            self.left();
         }
     }
 
-    /// Says that a request has left the queue.
+    /// Says that a request has left the queue: another one finds room, or was kept by this one and
+    /// can be taken. Who takes it wakes the next.
     pub(crate) fn left(&self) {
         self.room.wake_one();
+        if self.state.lock().requests.is_takable() {
+            self.takers.wake_one();
+        }
     }
 
     /// Ends the attachment `owner`: what it took goes back into the queue.

@@ -195,7 +195,7 @@ impl chrdev::Operations for NodeFile {
         match (&self.attached.as_ref(), &state.attachment) {
             (None, _) => 0,
             (Some(attached), Some(attachment)) if attachment.owner == attached.owner => {
-                let takable = attachment.slots.free().is_some() && state.requests.queued() > 0;
+                let takable = attachment.slots.free().is_some() && state.requests.is_takable();
                 if takable {
                     POLL_IN
                 } else {
@@ -262,6 +262,7 @@ impl NodeFile {
     }
 
     fn take(&self, attached: &Attached, timeout: Timeout) -> Result<(u32, Taken<Arc<Request>>)> {
+        let mut more = false;
         let taken = self.device.takers.wait(Signals::Any, timeout, || {
             let mut state = self.device.state.lock();
             if state.removed {
@@ -278,8 +279,13 @@ impl NodeFile {
                 slot,
             })?;
             slots.claim(slot);
+            more = state.requests.is_takable();
             Some(Ok((slot, taken)))
         });
+        if more {
+            // The end of a barrier wakes one thread, and may free many requests.
+            self.device.takers.wake_one();
+        }
         match taken {
             Woken::Ready(taken) => taken,
             Woken::TimedOut => Err(EAGAIN),
@@ -297,7 +303,6 @@ impl NodeFile {
         }
         drop(state);
         self.device.left();
-        self.device.takers.wake_one();
     }
 
     fn reply(&self, attached: &Attached, slot: u32) -> Result {
@@ -356,15 +361,8 @@ impl NodeFile {
                 result = error.to_errno();
             }
         }
-        let waiting = {
-            let mut state = self.device.state.lock();
-            state.release(holder);
-            state.requests.queued() > 0
-        };
+        self.device.state.lock().release(holder);
         self.device.left();
-        if waiting {
-            self.device.takers.wake_one();
-        }
         let request = request?;
         let counters = &self.device.counters;
         match request.kind() {
