@@ -164,7 +164,9 @@ impl State {
     fn queue(&mut self, request: &Arc<Request>) -> Option<Id> {
         match request.kind() {
             Kind::Reset { .. } => self.requests.push_barrier(request.clone()),
-            Kind::Read(_) | Kind::Write(_) => self.requests.push(request.clone()),
+            Kind::Read(_) | Kind::Write(_) | Kind::Unmap { .. } => {
+                self.requests.push(request.clone())
+            }
         }
     }
 
@@ -415,7 +417,7 @@ impl Device {
             if state.attachment.is_none() {
                 return false;
             }
-            state.requests.push(request.clone())
+            state.queue(request)
         };
         let Some(id) = id else { return false };
         self.takers.wake_one();

@@ -95,7 +95,7 @@ fn test(name: String, body: Body) -> Test {
 
 /// All tests.
 pub(crate) fn all() -> Vec<Test> {
-    let topics: [fn() -> Vec<Test>; 25] = [
+    let topics: &[fn() -> Vec<Test>] = &[
         module::tests,
         module::long,
         sysfs::tests,
@@ -123,7 +123,7 @@ pub(crate) fn all() -> Vec<Test> {
         mdevctl::where_installed,
         clean::tests,
     ];
-    topics.into_iter().flat_map(|topic| topic()).collect()
+    topics.iter().flat_map(|topic| topic()).collect()
 }
 
 /// Why a program can't be run: it is not there.
