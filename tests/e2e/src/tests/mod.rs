@@ -115,6 +115,7 @@ pub(crate) fn all() -> Vec<Test> {
         level::tests,
         memory::tests,
         dma::tests,
+        dma::huge,
         close::tests,
         interop::tests,
         conformance::tests,
