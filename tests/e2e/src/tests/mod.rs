@@ -8,6 +8,8 @@ mod clean;
 mod close;
 mod conformance;
 mod dma;
+mod dma_pins;
+mod dma_window;
 mod gpio;
 mod info;
 mod interop;
@@ -116,6 +118,9 @@ pub(crate) fn all() -> Vec<Test> {
         memory::tests,
         dma::tests,
         dma::huge,
+        dma_window::tests,
+        dma_window::huge,
+        dma_pins::tests,
         close::tests,
         interop::tests,
         conformance::tests,
