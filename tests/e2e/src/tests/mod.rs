@@ -8,6 +8,8 @@ mod clean;
 mod close;
 mod conformance;
 mod dma;
+mod dma_pins;
+mod dma_window;
 mod gpio;
 mod info;
 mod interop;
@@ -115,6 +117,10 @@ pub(crate) fn all() -> Vec<Test> {
         level::tests,
         memory::tests,
         dma::tests,
+        dma::huge,
+        dma_window::tests,
+        dma_window::huge,
+        dma_pins::tests,
         close::tests,
         interop::tests,
         conformance::tests,
