@@ -83,30 +83,37 @@ int muser_map_shared(struct vm_area_struct *vma, void *memory, size_t size)
 	return 0;
 }
 
-/* Pins `count` pages or none. */
-int muser_pin(struct vfio_device *vdev, u64 first, size_t count, bool writable, u64 *frames)
+/* Unpins pages one by one: IOMMUFD unpins only what one call has pinned, and all of that. */
+void muser_unpin(struct vfio_device *vdev, u64 first, size_t count)
 {
-	struct page *pages[MUSER_PIN_BATCH];
-	dma_addr_t iova = first << PAGE_SHIFT;
-	int ret;
 	size_t i;
 
-	if (count > ARRAY_SIZE(pages))
-		return -EINVAL;
-	ret = vfio_pin_pages(vdev, iova, count, IOMMU_READ | (writable ? IOMMU_WRITE : 0), pages);
-	if (ret < 0)
-		return ret;
-	for (i = 0; i < ret; i++) {
-		frames[i] = page_to_pfn(pages[i]);
+	for (i = 0; i < count; i++)
+		vfio_unpin_pages(vdev, (first + i) << PAGE_SHIFT, 1);
+}
+
+/* Pins `count` pages one by one, or none. */
+int muser_pin(struct vfio_device *vdev, u64 first, size_t count, bool writable, u64 *frames)
+{
+	int prot = IOMMU_READ | (writable ? IOMMU_WRITE : 0);
+	struct page *page;
+	size_t i;
+	int ret;
+
+	for (i = 0; i < count; i++) {
+		ret = vfio_pin_pages(vdev, (first + i) << PAGE_SHIFT, 1, prot, &page);
+		if (ret != 1) {
+			muser_unpin(vdev, first, i);
+			return ret < 0 ? ret : -EFAULT;
+		}
+		frames[i] = page_to_pfn(page);
 		/* Another device's registers have no address in the kernel. */
-		if (PageReserved(pages[i]) && !is_zero_pfn(frames[i]))
-			break;
+		if (PageReserved(page) && !is_zero_pfn(frames[i])) {
+			muser_unpin(vdev, first, i + 1);
+			return -EFAULT;
+		}
 	}
-	if (i == count)
-		return 0;
-	if (ret)
-		vfio_unpin_pages(vdev, iova, ret);
-	return -EFAULT;
+	return 0;
 }
 
 /* Returns what was not copied, and changes none of that. Never waits for a page. */

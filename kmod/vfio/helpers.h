@@ -29,8 +29,6 @@ struct mem_cgroup;
 enum muser_constants {
 	MUSER_TASK_INTERRUPTIBLE = TASK_INTERRUPTIBLE,
 	MUSER_TASK_KILLABLE = TASK_KILLABLE,
-	/* Pages that one call pins. */
-	MUSER_PIN_BATCH = 32,
 };
 
 /* vfio */
@@ -50,6 +48,7 @@ void muser_free_shared(void *memory);
 int muser_map_shared(struct vm_area_struct *vma, void *memory, size_t size);
 
 /* pinned pages of a client, by the number of their page frames */
+void muser_unpin(struct vfio_device *vdev, u64 first, size_t count);
 int muser_pin(struct vfio_device *vdev, u64 first, size_t count, bool writable, u64 *frames);
 size_t muser_copy_frame(u64 frame, size_t start, void __user *user, size_t len, bool to_frame);
 u64 muser_page_frame(struct page *page);

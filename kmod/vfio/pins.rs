@@ -52,8 +52,8 @@ mod window;
 use dirty::Log;
 pub(super) use dirty::Report;
 
-/// Pages that one call into VFIO pins or unpins.
-const BATCH: usize = bindings::muser_constants_MUSER_PIN_BATCH as usize;
+/// Pages that are pinned or unpinned before others get the lock.
+const BATCH: usize = 32;
 /// Milliseconds for which nothing is pinned if there is no memory to hold a range by itself.
 const HOLD_ALL_MS: u32 = 1_000;
 
@@ -530,7 +530,5 @@ unsafe fn pin(
 /// `vdev` must be open, and the pages pinned.
 unsafe fn unpin(vdev: NonNull<bindings::vfio_device>, first: usize, count: usize) {
     // SAFETY: By the caller.
-    unsafe {
-        bindings::vfio_unpin_pages(vdev.as_ptr(), (first * PAGE_SIZE) as u64, count as c_int)
-    };
+    unsafe { bindings::muser_unpin(vdev.as_ptr(), first as u64, count) };
 }
