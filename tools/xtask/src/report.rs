@@ -67,14 +67,35 @@ impl Report {
         &self.skipped
     }
 
+    /// Names of skipped tests that are printed for each reason: all were printed when they came up.
+    const SHOWN: usize = 4;
+
+    /// The reasons, in the order of their first test, and the tests of each.
+    fn skips_by_reason(&self) -> Vec<(&str, Vec<&str>)> {
+        let mut reasons: Vec<(&str, Vec<&str>)> = Vec::new();
+        for (name, why) in &self.skipped {
+            match reasons.iter_mut().find(|(reason, _)| reason == why) {
+                Some((_, names)) => names.push(name),
+                None => reasons.push((why, vec![name])),
+            }
+        }
+        reasons
+    }
+
     /// Prints all of it, the counts last.
     pub(crate) fn print(&self) {
         println!();
-        for (name, why) in &self.skipped {
-            println!(
-                "skipped: {name}{}{why}",
-                if why.is_empty() { "" } else { ": " }
-            );
+        for (why, names) in self.skips_by_reason() {
+            let why = if why.is_empty() {
+                "no reason given"
+            } else {
+                why
+            };
+            println!("skipped: {}: {why}", count(names.len()));
+            let shown = &names[..names.len().min(Self::SHOWN)];
+            let rest = names.len() - shown.len();
+            let more = if rest > 0 { " …" } else { "" };
+            println!("    {}{more}", shown.join(", "));
         }
         for (name, why) in &self.failed {
             println!("failed: {name}");
@@ -100,5 +121,35 @@ impl fmt::Display for Report {
             write!(f, ", {} skipped", self.skipped.len())?;
         }
         Ok(())
+    }
+}
+
+fn count(tests: usize) -> String {
+    match tests {
+        1 => "1 test".to_owned(),
+        tests => format!("{tests} tests"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn skips_are_told_once_a_reason() {
+        let mut report = Report::default();
+        report.skip("small: a", "no cdev");
+        report.skip("small: b", "no type1");
+        report.skip("small: c", "no cdev");
+
+        let reasons = report.skips_by_reason();
+
+        assert_eq!(
+            reasons,
+            [
+                ("no cdev", vec!["small: a", "small: c"]),
+                ("no type1", vec!["small: b"]),
+            ]
+        );
     }
 }
