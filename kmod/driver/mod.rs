@@ -13,6 +13,7 @@ mod memory;
 mod node;
 mod queue;
 mod request;
+mod state;
 
 use crate::{
     uapi::*,

@@ -35,6 +35,8 @@ pub fn errno_name(errno: i32) -> String {
         libc::EISCONN => "EISCONN",
         libc::ETIMEDOUT => "ETIMEDOUT",
         libc::ESTALE => "ESTALE",
+        libc::ESHUTDOWN => "ESHUTDOWN",
+        libc::EDQUOT => "EDQUOT",
         libc::ECANCELED => "ECANCELED",
         _ => return format!("errno {errno}"),
     };

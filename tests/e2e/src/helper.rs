@@ -24,6 +24,7 @@ pub fn run(arguments: &[String]) -> Result<()> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["serve", uuid] => serve(uuid),
+        ["standby", uuid] => standby(uuid),
         ["hold", uuid, count] => hold(uuid, count.parse()?),
         ["client", road, uuid, rest @ ..] => {
             let road = Road::from_name(road).with_context(|| format!("no road {road}"))?;
@@ -43,6 +44,17 @@ fn serve(uuid: &str) -> Result<()> {
     let description = Description::pci();
     let server = Arc::new(Server::attach(&borrowed(uuid), &description)?);
     let _service = Service::start(&server, 1, ram(&description))?;
+    println!("ready");
+    wait_for_input_to_end()
+}
+
+/// Waits in standby until it can attach: `ready`.
+fn standby(uuid: &str) -> Result<()> {
+    let description = Description {
+        flags: muser_uapi::MUSER_ATTACH_STANDBY,
+        ..Description::pci()
+    };
+    let _server = Server::attach(&borrowed(uuid), &description)?;
     println!("ready");
     wait_for_input_to_end()
 }

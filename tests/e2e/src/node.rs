@@ -285,6 +285,15 @@ impl Node {
         sys::ioctl(self, MUSER_NEXT, next).map(drop)
     }
 
+    /// `MUSER_DETACH`.
+    ///
+    /// # Errors
+    ///
+    /// The errno of the ioctl.
+    pub fn detach(&self) -> io::Result<()> {
+        sys::ioctl_value(self, MUSER_DETACH, 0).map(drop)
+    }
+
     /// `MUSER_TRIGGER`; the vectors that were signalled.
     ///
     /// # Errors

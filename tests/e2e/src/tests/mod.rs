@@ -22,6 +22,7 @@ mod owner;
 mod parallel;
 mod reply;
 mod request;
+mod standby;
 mod sysfs;
 mod vanish;
 mod vfio_bad;
@@ -77,7 +78,7 @@ fn roads(name: &str, run: OnRoad) -> impl Iterator<Item = Test> {
 
 /// All tests.
 pub(crate) fn all() -> Vec<Test> {
-    let topics: [fn() -> Vec<Test>; 25] = [
+    let topics: [fn() -> Vec<Test>; 26] = [
         module::tests,
         module::long,
         sysfs::tests,
@@ -92,6 +93,7 @@ pub(crate) fn all() -> Vec<Test> {
         barrier::tests,
         reply::tests,
         vanish::tests,
+        standby::tests,
         irq::tests,
         irq_bad::tests,
         level::tests,
