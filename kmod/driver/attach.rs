@@ -55,7 +55,9 @@ impl From<AllocError> for Refusal {
 fn errno(fault: Fault) -> Error {
     match fault.code {
         MUSER_FAULT_VERSION => Errno::EPROTO.into(),
-        MUSER_FAULT_LIMIT | MUSER_FAULT_IRQ_COUNT | MUSER_FAULT_MEMORY => ENOSPC,
+        MUSER_FAULT_LIMIT | MUSER_FAULT_IRQ_COUNT | MUSER_FAULT_MEMORY | MUSER_FAULT_STATE => {
+            ENOSPC
+        }
         MUSER_FAULT_REGION_OVERFLOW | MUSER_FAULT_AREA_OVERFLOW => EOVERFLOW,
         MUSER_FAULT_AREA_OVERLAP => EEXIST,
         MUSER_FAULT_ATTACHED | MUSER_FAULT_STANDBY => EBUSY,
@@ -76,14 +78,19 @@ enum Standby {
     Poll,
 }
 
+/// What a process finds that has attached.
+struct Found {
+    /// `MUSER_RECOVERED_*`.
+    recovered: u32,
+    /// Bytes of state.
+    state_size: u32,
+}
+
 impl NodeFile {
     /// `MUSER_ATTACH`.
     pub(super) fn attach(&self, file: &File, argument: UserPtr) -> Result {
         let mut attach = muser_attach::read(argument)?;
-        if attach.flags & !MUSER_ATTACH_STANDBY != 0
-            || attach.reserved != 0
-            || attach.state_size != 0
-        {
+        if attach.flags & !MUSER_ATTACH_STANDBY != 0 || attach.reserved != 0 {
             return Err(EINVAL);
         }
         let standby = match attach.flags & MUSER_ATTACH_STANDBY {
@@ -151,10 +158,16 @@ impl NodeFile {
         if attach.bus != self.device.bus {
             return Err(Fault::new(MUSER_FAULT_BUS, 0).into());
         }
+        // What there is already stays, whatever the limit has become.
+        let granted = self.device.state.lock().state_size;
+        if attach.state_size > granted.max(self.device.max_state.load(Relaxed)) {
+            return Err(Fault::new(MUSER_FAULT_STATE, 0).into());
+        }
         let described = self.read_description(attach)?;
         let slots = SharedMemory::new(attach.slots as usize * SLOT_STRIDE as usize)?;
-        let (owner, recovered) = self.become_server(described, attach.slots, standby)?;
-        answer.recovered = recovered;
+        let (owner, found) = self.become_server(described, attach, standby)?;
+        answer.recovered = found.recovered;
+        answer.state_size = found.state_size;
         let attached = Attached {
             owner,
             slots,
@@ -193,14 +206,13 @@ impl NodeFile {
         Ok(Described::new(attach.bus, regions, areas, irqs, status)?)
     }
 
-    /// Makes an attachment of this file the one of its device. Returns its number, and what there is
-    /// to recover.
+    /// Makes an attachment of this file the one of its device, and returns its number.
     fn become_server(
         &self,
         described: Described,
-        slots: u32,
+        attach: &muser_attach,
         standby: Standby,
-    ) -> Result<(u64, u32), Refusal> {
+    ) -> Result<(u64, Found), Refusal> {
         // Dropped when the lock is not held.
         let mut described = Some(described);
         let owner = {
@@ -219,16 +231,21 @@ impl NodeFile {
             state.next_owner += 1;
             let attachment = Attachment {
                 owner,
-                slots: Slots::new(slots),
+                slots: Slots::new(attach.slots),
+                state_size: attach.state_size,
                 process: Process::current(),
             };
             if state.attachment.is_none() {
                 let recovered = self.recovered(&state);
-                state.attachment = Some(attachment);
+                state.serve(Some(attachment));
+                let found = Found {
+                    recovered,
+                    state_size: state.state_size,
+                };
                 if let (None, Some(described)) = (present, described.take()) {
                     self.device.described.populate(described);
                 }
-                return Ok((owner, recovered));
+                return Ok((owner, found));
             }
             if state.standby.is_some() {
                 return Err(Fault::new(MUSER_FAULT_STANDBY, 0).into());
@@ -243,14 +260,17 @@ impl NodeFile {
         Ok((owner, self.wait_in_standby(owner)?))
     }
 
-    /// Waits until the standby `owner` has taken over. Returns what there is to recover.
-    fn wait_in_standby(&self, owner: u64) -> Result<u32> {
+    /// Waits until the standby `owner` has taken over.
+    fn wait_in_standby(&self, owner: u64) -> Result<Found> {
         let device = &self.device;
         // The attached process hears that it is to go.
         device.takers.wake_all();
         let taken_over = |state: &mut State| {
             let serving = state.serving(owner).is_some();
-            serving.then(|| self.recovered(state))
+            serving.then(|| Found {
+                recovered: self.recovered(state),
+                state_size: state.state_size,
+            })
         };
         let woken = device.successor.wait(Signals::Any, Timeout::NEVER, || {
             let mut state = device.state.lock();
@@ -260,14 +280,14 @@ impl NodeFile {
             }
         });
         let error = match woken {
-            Woken::Ready(Ok(recovered)) => return Ok(recovered),
+            Woken::Ready(Ok(found)) => return Ok(found),
             Woken::Ready(Err(error)) => error,
             Woken::TimedOut | Woken::Signal => ERESTARTSYS,
         };
         let withdrawn = {
             let mut state = device.state.lock();
-            if let Some(recovered) = taken_over(&mut state) {
-                return Ok(recovered);
+            if let Some(found) = taken_over(&mut state) {
+                return Ok(found);
             }
             let withdrawn = state.standby.take();
             device.publish(&state);
@@ -321,6 +341,7 @@ impl NodeFile {
             let state = device.state.lock();
             query.queued = state.requests.queued();
             query.taken = state.requests.taken();
+            query.state_size = state.state_size;
             query.flags |= state.shown();
             if let Some(standby) = &state.standby {
                 query.standby_pid = standby.process.pid();

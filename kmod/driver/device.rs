@@ -46,6 +46,9 @@ const REATTACH_TIMEOUT_MS: u32 = 5_000;
 /// Default of the attribute `max_memory`, in bytes.
 const MAX_MEMORY: u64 = 256 << 20;
 
+/// Default of the attribute `max_state`, in bytes.
+const MAX_STATE: u32 = 1 << 20;
+
 /// The description that the first process gave, and what was made by it.
 pub(crate) struct Described {
     regions: KVec<muser_region>,
@@ -191,6 +194,8 @@ pub(crate) struct Device {
     pub(crate) reattach_timeout_ms: Atomic<u32>,
     /// Attribute: bytes of device memory that a description may ask for.
     pub(crate) max_memory: Atomic<u64>,
+    /// Attribute: bytes of state that a process may ask for.
+    pub(crate) max_state: Atomic<u32>,
 }
 
 impl Device {
@@ -206,6 +211,7 @@ impl Device {
             standby: None,
             next_owner: 1,
             detached_since: Moment::now(),
+            state_size: 0,
             removed: false,
             client: false,
         };
@@ -224,6 +230,7 @@ impl Device {
                 complaints: Complaints::new(),
                 reattach_timeout_ms: Atomic::new(REATTACH_TIMEOUT_MS),
                 max_memory: Atomic::new(MAX_MEMORY),
+                max_state: Atomic::new(MAX_STATE),
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -389,7 +396,7 @@ impl Device {
             if state.serving(owner).is_none() {
                 return;
             }
-            state.attachment = state.standby.take();
+            state.serve(None);
             state.detached_since = Moment::now();
             self.publish(&state);
             state.requests.owner_gone(owner)

@@ -108,6 +108,7 @@ impl mdev::Driver for Mdev {
     const ATTRIBUTES: &'static [Entry<Self>] = &[
         File::<Self, ReattachTimeout>::ENTRY,
         File::<Self, MaxMemory>::ENTRY,
+        File::<Self, MaxState>::ENTRY,
     ];
 
     fn probe(parent: &mdev::Device, context: &Context) -> Result<Pin<KBox<Self>>> {
@@ -155,6 +156,23 @@ impl Attribute<Mdev> for MaxMemory {
             return Err(EBUSY);
         }
         mdev.device.0.max_memory.store(bytes, Relaxed);
+        Ok(())
+    }
+}
+
+/// How many bytes of state a process may ask for. What it has been given it keeps.
+struct MaxState;
+
+impl Attribute<Mdev> for MaxState {
+    const NAME: &'static CStr = c"max_state";
+
+    fn show(mdev: &Mdev) -> u64 {
+        u64::from(mdev.device.0.max_state.load(Relaxed))
+    }
+
+    fn store(mdev: &Mdev, bytes: u64) -> Result {
+        let bytes = u32::try_from(bytes).map_err(|_| ERANGE)?;
+        mdev.device.0.max_state.store(bytes, Relaxed);
         Ok(())
     }
 }

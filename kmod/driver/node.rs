@@ -4,7 +4,7 @@
 use crate::{
     driver::{
         device::{Complaint, Device},
-        memory::ProcessPager,
+        memory::{ProcessPager, StatePager},
         queue::{Holder, Id, ReplyError},
         request::{Kind, Request},
         state::Claim,
@@ -146,6 +146,7 @@ impl chrdev::Operations for NodeFile {
     }
 
     fn mmap(&self, vma: &NewVma<'_>) -> Result {
+        const STATE: usize = MUSER_MMAP_STATE as usize / PAGE_SIZE;
         const STATUS: usize = MUSER_MMAP_STATUS as usize / PAGE_SIZE;
         const REGIONS: usize = MUSER_MMAP_REGIONS as usize / PAGE_SIZE;
         let attached = self.serving()?;
@@ -157,6 +158,15 @@ impl chrdev::Operations for NodeFile {
                 }
                 vma.forbid_writing()?;
                 self.device.status.map(vma)
+            }
+            first @ STATE..STATUS => {
+                let size = self.device.state.lock().state_size as usize;
+                let end = (first - STATE).checked_add(vma.pages()).ok_or(EINVAL)?;
+                if vma.is_private() || end > size.div_ceil(PAGE_SIZE) {
+                    return Err(EINVAL);
+                }
+                vma.fill::<StatePager>(self.device.memory.clone());
+                Ok(())
             }
             first @ REGIONS.. => {
                 self.device.check_mapping(vma, first - REGIONS)?;

@@ -61,6 +61,8 @@ pub(crate) struct Attachment {
     pub(crate) owner: u64,
     /// Its slots.
     pub(crate) slots: Slots,
+    /// Bytes of state it asked for.
+    pub(crate) state_size: u32,
     /// Who it is.
     pub(crate) process: Process,
 }
@@ -90,6 +92,8 @@ pub(crate) struct State {
     pub(crate) next_owner: u64,
     /// Since when nobody serves it; meaningless while somebody does.
     pub(crate) detached_since: Moment,
+    /// Bytes of state that there are: as many as any attachment asked for.
+    pub(crate) state_size: u32,
     /// The device was removed.
     pub(crate) removed: bool,
     /// A client has it open.
@@ -102,6 +106,14 @@ impl State {
         self.attachment
             .as_mut()
             .filter(|attachment| attachment.owner == owner)
+    }
+
+    /// Makes an attachment the present one; without one, whoever waits in standby.
+    pub(crate) fn serve(&mut self, attachment: Option<Attachment>) {
+        self.attachment = attachment.or_else(|| self.standby.take());
+        if let Some(attachment) = &self.attachment {
+            self.state_size = self.state_size.max(attachment.state_size);
+        }
     }
 
     /// `MUSER_STATE_*` as far as a process sees them without asking.

@@ -26,6 +26,8 @@ pub struct Description {
     pub bus: u32,
     /// `muser_attach.slots`.
     pub slots: u32,
+    /// `muser_attach.state_size`.
+    pub state_size: u32,
     /// Regions.
     pub regions: Vec<muser_region>,
     /// Areas of all regions.
@@ -102,6 +104,7 @@ impl Description {
             flags: 0,
             bus: MUSER_BUS_PCI,
             slots: 0,
+            state_size: 0,
             regions: vec![region(CONFIG, 256)],
             areas: Vec::new(),
             irqs: Vec::new(),
@@ -161,6 +164,7 @@ impl Description {
             flags: self.flags,
             bus: self.bus,
             slots: self.slots,
+            state_size: self.state_size,
             num_regions: self.regions.len() as u32,
             num_areas: self.areas.len() as u32,
             num_irqs: self.irqs.len() as u32,
@@ -321,6 +325,15 @@ impl Node {
     pub fn map(&self, region: u32, offset: u64, len: usize) -> io::Result<Mapping> {
         let start = MUSER_MMAP_REGIONS + (u64::from(region) << MUSER_MMAP_REGION_SHIFT);
         Mapping::shared(self, start + offset, len)
+    }
+
+    /// Maps part of the state, for reading and writing.
+    ///
+    /// # Errors
+    ///
+    /// The errno of mmap(2).
+    pub fn map_state(&self, offset: u64, len: usize) -> io::Result<Mapping> {
+        Mapping::shared(self, MUSER_MMAP_STATE + offset, len)
     }
 }
 

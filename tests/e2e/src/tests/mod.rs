@@ -23,6 +23,7 @@ mod parallel;
 mod reply;
 mod request;
 mod standby;
+mod state;
 mod sysfs;
 mod vanish;
 mod vfio_bad;
@@ -78,7 +79,7 @@ fn roads(name: &str, run: OnRoad) -> impl Iterator<Item = Test> {
 
 /// All tests.
 pub(crate) fn all() -> Vec<Test> {
-    let topics: [fn() -> Vec<Test>; 26] = [
+    let topics: [fn() -> Vec<Test>; 27] = [
         module::tests,
         module::long,
         sysfs::tests,
@@ -98,6 +99,7 @@ pub(crate) fn all() -> Vec<Test> {
         irq_bad::tests,
         level::tests,
         memory::tests,
+        state::tests,
         close::tests,
         interop::tests,
         conformance::tests,
