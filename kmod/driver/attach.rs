@@ -4,19 +4,23 @@
 use crate::{
     driver::{
         description::{Arrays, Fault},
-        device::{Attachment, Complaint, Described, Slots},
-        node::{Argument, Attached, NodeFile, SLOT_STRIDE}, //
+        device::{Complaint, Described},
+        node::{Argument, Attached, NodeFile, SLOT_STRIDE},
+        state::{Attachment, Slots, State}, //
     },
     uapi::*,
     vfio::{
+        chrdev,
         errno::Errno,
         process::Process,
-        shared::SharedMemory, //
+        shared::SharedMemory,
+        wait::{Signals, Timeout, Woken}, //
     },
 };
 use core::mem::size_of;
 use kernel::{
     alloc::AllocError,
+    fs::File,
     prelude::*,
     sync::atomic::Relaxed,
     uaccess::{UserPtr, UserSlice}, //
@@ -51,34 +55,63 @@ impl From<AllocError> for Refusal {
 fn errno(fault: Fault) -> Error {
     match fault.code {
         MUSER_FAULT_VERSION => Errno::EPROTO.into(),
-        MUSER_FAULT_LIMIT | MUSER_FAULT_IRQ_COUNT | MUSER_FAULT_MEMORY => ENOSPC,
+        MUSER_FAULT_LIMIT | MUSER_FAULT_IRQ_COUNT | MUSER_FAULT_MEMORY | MUSER_FAULT_STATE => {
+            ENOSPC
+        }
         MUSER_FAULT_REGION_OVERFLOW | MUSER_FAULT_AREA_OVERFLOW => EOVERFLOW,
         MUSER_FAULT_AREA_OVERLAP => EEXIST,
-        MUSER_FAULT_ATTACHED => EBUSY,
+        MUSER_FAULT_ATTACHED | MUSER_FAULT_STANDBY => EBUSY,
         MUSER_FAULT_ATTACHED_SELF => Errno::EISCONN.into(),
         MUSER_FAULT_DIFFERS => Errno::ESTALE.into(),
         _ => EINVAL,
     }
 }
 
+/// What to do while another file is attached.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Standby {
+    /// Give up.
+    No,
+    /// Wait until it is no longer.
+    Wait,
+    /// Give up, but not for good.
+    Poll,
+}
+
+/// What a process finds that has attached.
+struct Found {
+    /// `MUSER_RECOVERED_*`.
+    recovered: u32,
+    /// Bytes of state.
+    state_size: u32,
+}
+
 impl NodeFile {
     /// `MUSER_ATTACH`.
-    pub(super) fn attach(&self, argument: UserPtr) -> Result {
+    pub(super) fn attach(&self, file: &File, argument: UserPtr) -> Result {
         let mut attach = muser_attach::read(argument)?;
-        if attach.flags != 0 || attach.reserved != 0 || attach.state_size != 0 {
+        if attach.flags & !MUSER_ATTACH_STANDBY != 0 || attach.reserved != 0 {
             return Err(EINVAL);
         }
-        let wanted = attach.version;
-        attach.version = MUSER_ABI_VERSION;
-        attach.fault = MUSER_FAULT_NONE;
-        attach.fault_index = 0;
-        attach.slot_stride = SLOT_STRIDE;
+        let standby = match attach.flags & MUSER_ATTACH_STANDBY {
+            0 => Standby::No,
+            _ if chrdev::is_nonblocking(file) => Standby::Poll,
+            _ => Standby::Wait,
+        };
+        let mut answer = attach;
+        answer.version = MUSER_ABI_VERSION;
+        answer.fault = MUSER_FAULT_NONE;
+        answer.fault_index = 0;
+        answer.recovered = 0;
+        answer.slot_stride = SLOT_STRIDE;
         if attach.slots == 0 {
             attach.slots = MUSER_DEFAULT_SLOTS;
         }
-        // What there is to say of a success is known by now: if it can't be said, nothing happens.
-        attach.write(argument)?;
-        match self.try_attach(&attach, wanted) {
+        // A standby that waits and is interrupted starts again with what it finds here, so what it
+        // asked for stays until it is attached.
+        answer.write(argument)?;
+        answer.slots = attach.slots;
+        match self.try_attach(&attach, standby, argument, answer) {
             Ok(()) => Ok(()),
             Err(Refusal::Error(error)) => Err(error),
             Err(Refusal::Fault(fault)) => {
@@ -90,16 +123,22 @@ impl NodeFile {
                         fault.index
                     );
                 }
-                attach.fault = fault.code;
-                attach.fault_index = fault.index;
-                attach.write(argument)?;
+                answer.fault = fault.code;
+                answer.fault_index = fault.index;
+                answer.write(argument)?;
                 Err(errno(fault))
             }
         }
     }
 
-    fn try_attach(&self, attach: &muser_attach, wanted: u32) -> Result<(), Refusal> {
-        if wanted != MUSER_ABI_VERSION {
+    fn try_attach(
+        &self,
+        attach: &muser_attach,
+        standby: Standby,
+        argument: UserPtr,
+        mut answer: muser_attach,
+    ) -> Result<(), Refusal> {
+        if attach.version != MUSER_ABI_VERSION {
             return Err(Fault::new(MUSER_FAULT_VERSION, 0).into());
         }
         if self.attached.as_ref().is_some() {
@@ -119,10 +158,34 @@ impl NodeFile {
         if attach.bus != self.device.bus {
             return Err(Fault::new(MUSER_FAULT_BUS, 0).into());
         }
+        // What there is already stays, whatever the limit has become.
+        let granted = self.device.state.lock().state_size;
+        if attach.state_size > granted.max(self.device.max_state.load(Relaxed)) {
+            return Err(Fault::new(MUSER_FAULT_STATE, 0).into());
+        }
         let described = self.read_description(attach)?;
         let slots = SharedMemory::new(attach.slots as usize * SLOT_STRIDE as usize)?;
-        self.become_server(described, slots, attach.slots)?;
-        Ok(())
+        let (owner, found) = self.become_server(described, attach, standby)?;
+        answer.recovered = found.recovered;
+        answer.state_size = found.state_size;
+        let attached = Attached {
+            owner,
+            slots,
+            count: attach.slots,
+        };
+        // Nobody can take anything before the file has what it needs for it: if the process can't be
+        // told, or another of its threads was faster, it was as good as never attached.
+        let done = match answer.write(argument) {
+            Ok(()) if self.attached.populate(attached) => Ok(()),
+            Ok(()) => Err(Fault::new(MUSER_FAULT_ATTACHED_SELF, 0).into()),
+            Err(error) => Err(error.into()),
+        };
+        match done {
+            Ok(()) => self.device.counters.attachments.add(1),
+            Err(_) => self.device.detach(owner),
+        }
+        self.device.takers.wake_all();
+        done
     }
 
     fn read_description(&self, attach: &muser_attach) -> Result<Described, Refusal> {
@@ -143,45 +206,117 @@ impl NodeFile {
         Ok(Described::new(attach.bus, regions, areas, irqs, status)?)
     }
 
-    /// Makes this file the one attached file of its device.
+    /// Makes an attachment of this file the one of its device, and returns its number.
     fn become_server(
         &self,
         described: Described,
-        slots: SharedMemory,
-        count: u32,
-    ) -> Result<(), Refusal> {
+        attach: &muser_attach,
+        standby: Standby,
+    ) -> Result<(u64, Found), Refusal> {
+        // Dropped when the lock is not held.
+        let mut described = Some(described);
         let owner = {
             let mut state = self.device.state.lock();
             if state.removed {
                 return Err(ENODEV.into());
             }
-            if state.attachment.is_some() {
+            let present = self.device.described.as_ref();
+            if state.attachment.is_some() && standby == Standby::No {
                 return Err(Fault::new(MUSER_FAULT_ATTACHED, 0).into());
             }
-            if let Some(present) = self.device.described.as_ref() {
+            if let (Some(present), Some(described)) = (present, &described) {
                 present.arrays().differs(&described.arrays())?;
             }
             let owner = state.next_owner;
             state.next_owner += 1;
-            state.attachment = Some(Attachment {
+            let attachment = Attachment {
                 owner,
-                slots: Slots::new(count),
+                slots: Slots::new(attach.slots),
+                state_size: attach.state_size,
                 process: Process::current(),
-            });
+            };
+            if state.attachment.is_none() {
+                let recovered = self.recovered(&state);
+                state.serve(Some(attachment));
+                let found = Found {
+                    recovered,
+                    state_size: state.state_size,
+                };
+                if let (None, Some(described)) = (present, described.take()) {
+                    self.device.described.populate(described);
+                }
+                return Ok((owner, found));
+            }
+            if state.standby.is_some() {
+                return Err(Fault::new(MUSER_FAULT_STANDBY, 0).into());
+            }
+            if standby == Standby::Poll {
+                return Err(EAGAIN.into());
+            }
+            state.standby = Some(attachment);
+            self.device.publish(&state);
             owner
         };
-        let attached = Attached {
-            owner,
-            slots,
-            count,
+        Ok((owner, self.wait_in_standby(owner)?))
+    }
+
+    /// Waits until the standby `owner` has taken over.
+    fn wait_in_standby(&self, owner: u64) -> Result<Found> {
+        let device = &self.device;
+        // The attached process hears that it is to go.
+        device.takers.wake_all();
+        let taken_over = |state: &mut State| {
+            let serving = state.serving(owner).is_some();
+            serving.then(|| Found {
+                recovered: self.recovered(state),
+                state_size: state.state_size,
+            })
         };
-        // The attachment keeps every other file out, and other threads of this one: if the device
-        // has no description yet, it is this one that it gets.
-        self.device.described.populate(described);
-        self.attached.populate(attached);
-        self.device.counters.attachments.add(1);
-        self.device.takers.wake_all();
-        Ok(())
+        let woken = device.successor.wait(Signals::Any, Timeout::NEVER, || {
+            let mut state = device.state.lock();
+            match state.removed {
+                true => Some(Err(ENODEV)),
+                false => taken_over(&mut state).map(Ok),
+            }
+        });
+        let error = match woken {
+            Woken::Ready(Ok(found)) => return Ok(found),
+            Woken::Ready(Err(error)) => error,
+            Woken::TimedOut | Woken::Signal => ERESTARTSYS,
+        };
+        let withdrawn = {
+            let mut state = device.state.lock();
+            if let Some(found) = taken_over(&mut state) {
+                return Ok(found);
+            }
+            let withdrawn = state.standby.take();
+            device.publish(&state);
+            withdrawn
+        };
+        drop(withdrawn);
+        // The attached process goes on as if nothing had been.
+        device.takers.wake_all();
+        Err(error)
+    }
+
+    /// What a process that attaches now finds: `MUSER_RECOVERED_*`.
+    fn recovered(&self, state: &State) -> u32 {
+        let mut found = 0;
+        let (pins, unpins) = self.device.pins.counts();
+        for (is_so, flag) in [
+            (
+                self.device.described.as_ref().is_some(),
+                MUSER_RECOVERED_SERVED,
+            ),
+            (state.client, MUSER_RECOVERED_CLIENT),
+            (state.requests.has_replays(), MUSER_RECOVERED_REPLAYS),
+            (pins > unpins, MUSER_RECOVERED_PINS),
+        ] {
+            if is_so {
+                found |= flag;
+            }
+        }
+        found
     }
 
     /// `MUSER_QUERY`.
@@ -203,13 +338,15 @@ impl NodeFile {
             write_array(query.areas, room[1], arrays.areas.iter().copied())?;
             write_array(query.irqs, room[2], described.irqs.states())?;
         }
-        query.pid = 0;
+        (query.pid, query.standby_pid) = (0, 0);
         {
             let state = device.state.lock();
             query.queued = state.requests.queued();
             query.taken = state.requests.taken();
-            if state.client {
-                query.flags |= MUSER_STATE_CLIENT;
+            query.state_size = state.state_size;
+            query.flags |= state.shown();
+            if let Some(standby) = &state.standby {
+                query.standby_pid = standby.process.pid();
             }
             if let Some(attachment) = &state.attachment {
                 query.flags |= MUSER_STATE_ATTACHED;

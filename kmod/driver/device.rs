@@ -13,14 +13,14 @@ use crate::{
         description::Arrays,
         irqs::Irqs,
         memory::Memory,
-        queue::{Entry, Holder, Id, Queue, Withdrawn},
-        request::{Kind, Request}, //
+        queue::{Id, Queue, Withdrawn},
+        request::{Kind, Request},
+        state::State, //
     },
     uapi::*,
     vfio::{
         inode::{Inode, Inodes},
         pins::Pins,
-        process::Process,
         shared::SharedMemory,
         wait::{Moment, Signals, Timeout, WaitQueue, Woken}, //
     },
@@ -52,6 +52,9 @@ const MAX_MEMORY: u64 = 256 << 20;
 const MAX_PINNED: u64 = 1 << 30;
 /// Default of the attribute `unmap_timeout_ms`.
 const UNMAP_TIMEOUT_MS: u32 = 1_000;
+
+/// Default of the attribute `max_state`, in bytes.
+const MAX_STATE: u32 = 1 << 20;
 
 /// The description that the first process gave, and what was made by it.
 pub(crate) struct Described {
@@ -89,98 +92,6 @@ impl Described {
             regions: &self.regions,
             areas: &self.areas,
             irqs: &self.irq_list,
-        }
-    }
-}
-
-/// Slots of an attachment: which of them hold a request.
-pub(crate) struct Slots {
-    used: [u64; MUSER_MAX_SLOTS.div_ceil(u64::BITS) as usize],
-    count: u32,
-}
-
-impl Slots {
-    /// `count` free slots, at most [`MUSER_MAX_SLOTS`].
-    pub(crate) fn new(count: u32) -> Self {
-        Self {
-            used: [0; MUSER_MAX_SLOTS.div_ceil(u64::BITS) as usize],
-            count,
-        }
-    }
-
-    /// A slot that is free, and stays so until it is claimed.
-    pub(crate) fn free(&self) -> Option<u32> {
-        let (word, bits) = (0..).zip(self.used).find(|(_, bits)| *bits != u64::MAX)?;
-        let slot = word * u64::BITS + bits.trailing_ones();
-        (slot < self.count).then_some(slot)
-    }
-
-    /// Marks a slot.
-    pub(crate) fn claim(&mut self, slot: u32) {
-        if let Some(word) = self.used.get_mut((slot / u64::BITS) as usize) {
-            *word |= 1 << (slot % u64::BITS);
-        }
-    }
-
-    /// Unmarks a slot.
-    pub(crate) fn release(&mut self, slot: u32) {
-        if let Some(word) = self.used.get_mut((slot / u64::BITS) as usize) {
-            *word &= !(1 << (slot % u64::BITS));
-        }
-    }
-}
-
-/// The process that serves a device.
-pub(crate) struct Attachment {
-    /// Number of the attachment: the owner of the requests it took.
-    pub(crate) owner: u64,
-    /// Its slots.
-    pub(crate) slots: Slots,
-    /// Who it is.
-    pub(crate) process: Process,
-}
-
-/// Requests in flight.
-pub(crate) type Requests = Queue<Arc<Request>, KVVec<Option<Entry<Arc<Request>>>>>;
-
-/// What changes.
-pub(crate) struct State {
-    /// Requests in flight.
-    pub(crate) requests: Requests,
-    /// Who serves the device.
-    pub(crate) attachment: Option<Attachment>,
-    /// Number of the next attachment.
-    pub(crate) next_owner: u64,
-    /// Since when nobody serves it; meaningless while somebody does.
-    pub(crate) detached_since: Moment,
-    /// The device was removed.
-    pub(crate) removed: bool,
-    /// A client has it open.
-    pub(crate) client: bool,
-}
-
-impl State {
-    /// Queues a request; `None` if there is no room.
-    fn queue(&mut self, request: &Arc<Request>) -> Option<Id> {
-        match request.kind() {
-            Kind::Reset { .. } => self.requests.push_barrier(request.clone()),
-            Kind::Read(_) | Kind::Write(_) | Kind::Unmap { .. } => {
-                self.requests.push(request.clone())
-            }
-        }
-    }
-
-    /// Whether the attachment `owner` is the present one.
-    pub(crate) fn is_served_by(&self, owner: u64) -> bool {
-        matches!(&self.attachment, Some(attachment) if attachment.owner == owner)
-    }
-
-    /// Frees the slot of a holder, if its attachment is the present one.
-    pub(crate) fn release(&mut self, holder: Holder) {
-        if let Some(attachment) = &mut self.attachment {
-            if attachment.owner == holder.owner {
-                attachment.slots.release(holder.slot);
-            }
         }
     }
 }
@@ -276,6 +187,9 @@ pub(crate) struct Device {
     /// Threads of the process that wait for a request, and pollers.
     #[pin]
     pub(crate) takers: WaitQueue,
+    /// The thread which waits in standby.
+    #[pin]
+    pub(crate) successor: WaitQueue,
     /// Threads of clients that wait for room for a request.
     #[pin]
     room: WaitQueue,
@@ -299,6 +213,8 @@ pub(crate) struct Device {
     pub(crate) max_pinned: Atomic<u64>,
     /// Attribute: how long a client's unmap waits for the process.
     pub(crate) unmap_timeout_ms: Atomic<u32>,
+    /// Attribute: bytes of state that a process may ask for.
+    pub(crate) max_state: Atomic<u32>,
 }
 
 impl Device {
@@ -311,8 +227,10 @@ impl Device {
         let state = State {
             requests: Queue::new(places, MAX_REPLAYS),
             attachment: None,
+            standby: None,
             next_owner: 1,
             detached_since: Moment::now(),
+            state_size: 0,
             removed: false,
             client: false,
         };
@@ -331,6 +249,7 @@ impl Device {
                 described: SetOnce::new(),
                 state <- new_spinlock!(state, "muser_state"),
                 takers <- WaitQueue::new(c"muser_takers", static_lock_class!()),
+                successor <- WaitQueue::new(c"muser_successor", static_lock_class!()),
                 room <- WaitQueue::new(c"muser_room", static_lock_class!()),
                 memory: Memory::new()?,
                 pins,
@@ -342,6 +261,7 @@ impl Device {
                 max_memory: Atomic::new(MAX_MEMORY),
                 max_pinned: Atomic::new(MAX_PINNED),
                 unmap_timeout_ms: Atomic::new(UNMAP_TIMEOUT_MS),
+                max_state: Atomic::new(MAX_STATE),
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -363,10 +283,16 @@ impl Device {
 
     /// Says that a client opened the device, or that it is gone.
     pub(crate) fn set_client(&self, client: bool) {
-        self.state.lock().client = client;
-        let flags = if client { MUSER_STATE_CLIENT } else { 0 };
+        let mut state = self.state.lock();
+        state.client = client;
+        self.publish(&state);
+    }
+
+    /// Shows the process what it can see of the state.
+    pub(crate) fn publish(&self, state: &State) {
+        let offset = offset_of!(muser_status, flags);
         // The page holds the whole struct, so this can't fail.
-        let _ = self.status.store(offset_of!(muser_status, flags), flags);
+        let _ = self.status.store(offset, state.shown());
     }
 
     /// Has a process perform a request, and waits for it: killably, and with nobody attached for
@@ -478,45 +404,52 @@ impl Device {
     fn give_up(&self, id: Id, start: Moment) -> bool {
         // One look at the state and one decision: a process that attaches in between would take the
         // request, and its reply must find somebody waiting.
-        let withdrawn = {
+        let (withdrawn, takable) = {
             let mut state = self.state.lock();
-            match self.patience_in(&state, start) {
+            let withdrawn = match self.patience_in(&state, start) {
                 (left, true) if left.is_over() => state.requests.withdraw_queued(id),
                 _ => None,
-            }
+            };
+            (withdrawn, state.requests.is_takable())
         };
         if withdrawn.is_some() {
-            self.left();
+            self.left(takable);
         }
         withdrawn.is_some()
     }
 
     /// Says that nobody waits for a request any more.
     fn withdraw(&self, id: Id) {
-        let withdrawn = self.state.lock().requests.withdraw(id);
+        let (withdrawn, takable) = {
+            let mut state = self.state.lock();
+            let withdrawn = state.requests.withdraw(id);
+            (withdrawn, state.requests.is_takable())
+        };
         if let Withdrawn::Removed(_) = withdrawn {
-            self.left();
+            self.left(takable);
         }
     }
 
-    /// Says that a request has left the queue: another one finds room, or was kept by this one and
-    /// can be taken. Who takes it wakes the next.
-    pub(crate) fn left(&self) {
+    /// Says that a request has left the queue: another one finds room, and if one is `takable`, it
+    /// may be that it was kept back by the one that left. Who takes it wakes the next.
+    pub(crate) fn left(&self, takable: bool) {
         self.room.wake_one();
-        if self.state.lock().requests.is_takable() {
+        if takable {
             self.takers.wake_one();
         }
     }
 
-    /// Ends the attachment `owner`: what it took goes back into the queue.
+    /// Ends the attachment `owner`: what it took goes back into the queue, and who waits in standby
+    /// takes over in the same moment, so that nobody sees the device without a process.
     pub(crate) fn detach(&self, owner: u64) {
         let replays = {
             let mut state = self.state.lock();
-            if !state.is_served_by(owner) {
+            if state.serving(owner).is_none() {
                 return;
             }
-            state.attachment = None;
+            state.serve(None);
             state.detached_since = Moment::now();
+            self.publish(&state);
             state.requests.owner_gone(owner)
         };
         self.counters.replays.add(u64::from(replays));
@@ -529,6 +462,7 @@ impl Device {
         self.end_unmaps();
         // Threads of the process which wait for a request find that they are not attached.
         self.takers.wake_all();
+        self.successor.wake_all();
         // Abandoned requests ended, too.
         self.room.wake_all();
         if replays > 0 && self.complaints.is_first(Complaint::Gone) {
@@ -559,6 +493,7 @@ impl Device {
             request.finish(ENODEV.to_errno());
         }
         self.takers.wake_all();
+        self.successor.wake_all();
         self.room.wake_all();
     }
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Device memory: the pages behind mappable areas, which outlive every process that serves them.
+//! Device memory: the pages behind mappable areas and the state, which outlive every process that
+//! serves them.
 
 use crate::{
     driver::description::Arrays,
@@ -24,7 +25,11 @@ use kernel::{
 /// Pages from one region to the next in the tree, as in the VFIO device file.
 const REGION_SHIFT: u32 = MUSER_MMAP_REGION_SHIFT - PAGE_SIZE.trailing_zeros();
 
-/// Pages of a device, by region and page number, allocated when they are first touched.
+/// First page of the state in the tree: behind all regions.
+const STATE: usize = (MUSER_MAX_REGIONS as usize) << REGION_SHIFT;
+
+/// Pages of a device, by region and page number, allocated when they are first touched; and those of
+/// its state, which no client sees.
 #[pin_data]
 pub(crate) struct Memory {
     #[pin]
@@ -151,6 +156,18 @@ impl Pager for ProcessPager {
     fn page(memory: &Memory, offset: usize) -> Result<SharedPage> {
         let first = MUSER_MMAP_REGIONS as usize / PAGE_SIZE;
         memory.page(offset.checked_sub(first).ok_or(EINVAL)?)
+    }
+}
+
+/// Fills a process's mapping of the state, which the node has behind [`MUSER_MMAP_STATE`].
+pub(crate) struct StatePager;
+
+impl Pager for StatePager {
+    type Data = Memory;
+
+    fn page(memory: &Memory, offset: usize) -> Result<SharedPage> {
+        let first = MUSER_MMAP_STATE as usize / PAGE_SIZE;
+        memory.page(STATE + offset.checked_sub(first).ok_or(EINVAL)?)
     }
 }
 

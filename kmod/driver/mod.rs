@@ -14,6 +14,7 @@ mod memory;
 mod node;
 mod queue;
 mod request;
+mod state;
 
 use crate::{
     uapi::*,
@@ -114,6 +115,7 @@ impl mdev::Driver for Mdev {
         File::<Self, MaxMemory>::ENTRY,
         File::<Self, MaxPinned>::ENTRY,
         File::<Self, UnmapTimeout>::ENTRY,
+        File::<Self, MaxState>::ENTRY,
     ];
 
     fn probe(parent: &mdev::Device, context: &Context) -> Result<Pin<KBox<Self>>> {
@@ -194,6 +196,23 @@ impl Attribute<Mdev> for UnmapTimeout {
     fn store(mdev: &Mdev, ms: u64) -> Result {
         let ms = u32::try_from(ms).map_err(|_| ERANGE)?;
         mdev.device.0.unmap_timeout_ms.store(ms, Relaxed);
+        Ok(())
+    }
+}
+
+/// How many bytes of state a process may ask for. What it has been given it keeps.
+struct MaxState;
+
+impl Attribute<Mdev> for MaxState {
+    const NAME: &'static CStr = c"max_state";
+
+    fn show(mdev: &Mdev) -> u64 {
+        u64::from(mdev.device.0.max_state.load(Relaxed))
+    }
+
+    fn store(mdev: &Mdev, bytes: u64) -> Result {
+        let bytes = u32::try_from(bytes).map_err(|_| ERANGE)?;
+        mdev.device.0.max_state.store(bytes, Relaxed);
         Ok(())
     }
 }

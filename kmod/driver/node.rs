@@ -4,9 +4,10 @@
 use crate::{
     driver::{
         device::{Complaint, Device},
-        memory::ProcessPager,
-        queue::{Holder, Id, ReplyError, Taken},
+        memory::{ProcessPager, StatePager},
+        queue::{Holder, Id, ReplyError},
         request::{Kind, Request},
+        state::Claim,
     },
     uapi::*,
     vfio::{
@@ -137,12 +138,13 @@ impl chrdev::Operations for NodeFile {
     }
 
     fn ioctl(&self, file: &File, command: u32, argument: UserPtr) -> Result<isize> {
-        if self.device.state.lock().removed {
+        // `next` looks for itself, under the lock which it takes anyway.
+        if command != MUSER_NEXT && self.device.state.lock().removed {
             return Err(ENODEV);
         }
         match command {
             MUSER_ATTACH if !chrdev::is_read_write(file) => Err(EBADF),
-            MUSER_ATTACH => self.attach(argument),
+            MUSER_ATTACH => self.attach(file, argument),
             MUSER_NEXT => self.next(file, argument),
             MUSER_TRIGGER => self.trigger(argument),
             MUSER_QUERY => self.query(argument),
@@ -156,6 +158,7 @@ impl chrdev::Operations for NodeFile {
     }
 
     fn mmap(&self, vma: &NewVma<'_>) -> Result {
+        const STATE: usize = MUSER_MMAP_STATE as usize / PAGE_SIZE;
         const STATUS: usize = MUSER_MMAP_STATUS as usize / PAGE_SIZE;
         const REGIONS: usize = MUSER_MMAP_REGIONS as usize / PAGE_SIZE;
         const WINDOW: usize = MUSER_MMAP_WINDOW as usize / PAGE_SIZE;
@@ -170,6 +173,15 @@ impl chrdev::Operations for NodeFile {
                 self.device.status.map(vma)
             }
             WINDOW.. => self.device.pins.map(vma),
+            first @ STATE..STATUS => {
+                let size = self.device.state.lock().state_size as usize;
+                let end = (first - STATE).checked_add(vma.pages()).ok_or(EINVAL)?;
+                if vma.is_private() || end > size.div_ceil(PAGE_SIZE) {
+                    return Err(EINVAL);
+                }
+                vma.fill::<StatePager>(self.device.memory.clone());
+                Ok(())
+            }
             first @ REGIONS.. => {
                 self.device.check_mapping(vma, first - REGIONS)?;
                 vma.fill::<ProcessPager>(self.device.memory.clone());
@@ -188,22 +200,15 @@ impl chrdev::Operations for NodeFile {
     }
 
     fn ready(&self) -> u32 {
-        let state = self.device.state.lock();
+        let mut state = self.device.state.lock();
         if state.removed {
             return POLL_GONE;
         }
-        match (&self.attached.as_ref(), &state.attachment) {
-            (None, _) => 0,
-            (Some(attached), Some(attachment)) if attachment.owner == attached.owner => {
-                let takable = attachment.slots.free().is_some() && state.requests.is_takable();
-                if takable {
-                    POLL_IN
-                } else {
-                    0
-                }
-            }
-            // The attachment of this file is over.
-            (Some(_), _) => POLL_GONE,
+        match self.attached.as_ref() {
+            None => 0,
+            Some(attached) if state.serving(attached.owner).is_none() => POLL_GONE,
+            Some(attached) if state.is_ready(attached.owner) => POLL_IN,
+            Some(_) => 0,
         }
     }
 }
@@ -217,13 +222,22 @@ impl Drop for NodeFile {
 }
 
 impl NodeFile {
+    /// What the file got when it attached; that may be over.
+    fn attached(&self) -> Result<&Attached> {
+        self.attached
+            .as_ref()
+            .ok_or_else(|| match self.device.state.lock().removed {
+                true => ENODEV,
+                false => Errno::ENOTCONN.into(),
+            })
+    }
+
     /// What the file got when it attached, if that is not over.
     pub(super) fn serving(&self) -> Result<&Attached> {
-        let attached = self.attached.as_ref().ok_or(Errno::ENOTCONN)?;
-        if self.device.state.lock().is_served_by(attached.owner) {
-            Ok(attached)
-        } else {
-            Err(Errno::ENOTCONN.into())
+        let attached = self.attached()?;
+        match self.device.state.lock().serving(attached.owner) {
+            Some(_) => Ok(attached),
+            None => Err(Errno::ENOTCONN.into()),
         }
     }
 
@@ -241,51 +255,44 @@ impl NodeFile {
         if next.flags & !known != 0 || asked == 0 || next.reserved != 0 {
             return Err(EINVAL);
         }
-        let attached = self.serving()?;
+        let attached = self.attached()?;
+        let take = asked & MUSER_NEXT_TAKE != 0;
+        let mut claimed = None;
         if asked & MUSER_NEXT_REPLY != 0 {
-            self.reply(attached, next.slot)?;
+            claimed = self.reply(attached, next.slot, take)?;
             next.flags &= !MUSER_NEXT_REPLY;
-            next.write(argument)?;
+            // Before it waits: a restarted call must not reply again.
+            if !matches!(claimed, Some(Ok(_))) {
+                next.write(argument)?;
+            }
         }
-        if asked & MUSER_NEXT_TAKE != 0 {
-            let now = next.flags & MUSER_NEXT_NONBLOCK != 0 || chrdev::is_nonblocking(file);
-            let timeout = if now { Timeout::NOW } else { Timeout::NEVER };
-            let (slot, taken) = self.take(attached, timeout)?;
-            next.slot = slot;
-            let told = fill(attached, slot, &taken).and_then(|()| next.write(argument));
-            if told.is_err() {
-                self.untake(attached.owner, slot, taken.id);
-            }
-            told?;
+        if !take {
+            return Ok(());
         }
-        Ok(())
-    }
-
-    fn take(&self, attached: &Attached, timeout: Timeout) -> Result<(u32, Taken<Arc<Request>>)> {
-        let mut more = false;
-        let taken = self.device.takers.wait(Signals::Any, timeout, || {
-            let mut state = self.device.state.lock();
-            if state.removed {
-                return Some(Err(ENODEV));
+        let claim = match claimed {
+            Some(claim) => claim?,
+            None => {
+                let now = next.flags & MUSER_NEXT_NONBLOCK != 0 || chrdev::is_nonblocking(file);
+                let timeout = if now { Timeout::NOW } else { Timeout::NEVER };
+                self.take(attached, timeout)?
             }
-            if !state.is_served_by(attached.owner) {
-                return Some(Err(Errno::ENOTCONN.into()));
-            }
-            let state = &mut *state;
-            let slots = &mut state.attachment.as_mut()?.slots;
-            let slot = slots.free()?;
-            let taken = state.requests.take(Holder {
-                owner: attached.owner,
-                slot,
-            })?;
-            slots.claim(slot);
-            more = state.requests.is_takable();
-            Some(Ok((slot, taken)))
-        });
-        if more {
+        };
+        if claim.more {
             // The end of a barrier wakes one thread, and may free many requests.
             self.device.takers.wake_one();
         }
+        next.slot = claim.slot;
+        let told = fill(attached, &claim).and_then(|()| next.write(argument));
+        if told.is_err() {
+            self.untake(attached.owner, &claim);
+        }
+        told
+    }
+
+    fn take(&self, attached: &Attached, timeout: Timeout) -> Result<Claim> {
+        let taken = self.device.takers.wait(Signals::Any, timeout, || {
+            self.device.state.lock().take(attached.owner)
+        });
         match taken {
             Woken::Ready(taken) => taken,
             Woken::TimedOut => Err(EAGAIN),
@@ -294,21 +301,28 @@ impl NodeFile {
     }
 
     /// Puts a request back of which the process could not be told.
-    fn untake(&self, owner: u64, slot: u32, id: Id) {
-        let mut state = self.device.state.lock();
-        // If another thread has replied to it already, the slot is no longer this request's.
-        let holder = Holder { owner, slot };
-        if state.requests.untake(id, holder) {
-            state.release(holder);
-        }
-        drop(state);
-        self.device.left();
+    fn untake(&self, owner: u64, claim: &Claim) {
+        let holder = Holder {
+            owner,
+            slot: claim.slot,
+        };
+        let takable = {
+            let mut state = self.device.state.lock();
+            // If another thread has replied to it already, the slot is no longer this request's.
+            if state.requests.untake(claim.taken.id, holder) {
+                state.release(holder);
+            }
+            state.requests.is_takable()
+        };
+        self.device.left(takable);
     }
 
-    fn reply(&self, attached: &Attached, slot: u32) -> Result {
-        let result = self.accept(attached, slot);
-        if let Err(error) = result {
-            let late = error == Errno::ECANCELED.into();
+    /// Accepts a reply, and takes the next request if asked to and one is there: `None` otherwise.
+    fn reply(&self, attached: &Attached, slot: u32, take: bool) -> Result<Option<Result<Claim>>> {
+        let result = self.accept(attached, slot, take);
+        if let Err(error) = &result {
+            // Not the process's fault: the client, the attachment or the device is gone.
+            let late = [Errno::ECANCELED.into(), Errno::ENOTCONN.into(), ENODEV].contains(error);
             if !late && self.device.complaints.is_first(Complaint::Reply) {
                 pr_warn!(
                     "{}: refused a reply in slot {}: {:?}\n",
@@ -321,7 +335,7 @@ impl NodeFile {
         result
     }
 
-    fn accept(&self, attached: &Attached, slot: u32) -> Result {
+    fn accept(&self, attached: &Attached, slot: u32, take: bool) -> Result<Option<Result<Claim>>> {
         if slot >= attached.count {
             return Err(ENOSPC);
         }
@@ -337,12 +351,16 @@ impl NodeFile {
             slot,
         };
         self.device.hears(attached.owner);
-        let request = self
-            .device
-            .state
-            .lock()
-            .requests
-            .reply(Id::from_raw(head.id), holder);
+        let request = {
+            let mut state = self.device.state.lock();
+            if state.removed {
+                return Err(ENODEV);
+            }
+            if state.serving(attached.owner).is_none() {
+                return Err(Errno::ENOTCONN.into());
+            }
+            state.requests.reply(Id::from_raw(head.id), holder)
+        };
         let request: Result<Arc<Request>> = match request {
             Ok(request) => Ok(request),
             Err(ReplyError::Unknown) => return Err(ENOENT),
@@ -361,19 +379,30 @@ impl NodeFile {
                 result = error.to_errno();
             }
         }
-        self.device.state.lock().release(holder);
-        self.device.left();
-        let request = request?;
-        let counters = &self.device.counters;
-        match request.kind() {
-            Kind::Read(_) => counters.reads.add(1),
-            Kind::Write(_) => counters.writes.add(1),
-            Kind::Reset { .. } => counters.resets.add(1),
-            // Counted when the client asked.
-            Kind::Unmap { .. } => {}
+        if let Ok(request) = &request {
+            let counters = &self.device.counters;
+            match request.kind() {
+                Kind::Read(_) => counters.reads.add(1),
+                Kind::Write(_) => counters.writes.add(1),
+                Kind::Reset { .. } => counters.resets.add(1),
+                // Counted when the client asked.
+                Kind::Unmap { .. } => {}
+            }
+            request.finish(result);
         }
-        request.finish(result);
-        Ok(())
+        let (claimed, takable) = {
+            let mut state = self.device.state.lock();
+            state.release(holder);
+            let claimed = match take && request.is_ok() {
+                true => state.take(attached.owner),
+                false => None,
+            };
+            // Who takes wakes the next.
+            let takable = claimed.is_none() && state.requests.is_takable();
+            (claimed, takable)
+        };
+        self.device.left(takable);
+        request.map(|_| claimed)
     }
 
     /// `MUSER_TRIGGER`.
@@ -391,11 +420,10 @@ impl NodeFile {
 }
 
 /// Writes a request into the slot it was taken into.
-fn fill(attached: &Attached, slot: u32, taken: &Taken<Arc<Request>>) -> Result {
-    let start = slot as usize * SLOT_STRIDE as usize;
-    let head = taken.payload.slot(taken.id.raw(), taken.replay);
+fn fill(attached: &Attached, claim: &Claim) -> Result {
+    let start = claim.slot as usize * SLOT_STRIDE as usize;
+    let request = &claim.taken.payload;
+    let head = request.slot(claim.taken.id.raw(), claim.taken.replay);
     attached.slots.write(start, head.as_bytes())?;
-    taken
-        .payload
-        .with_written(|data| attached.slots.write(start + size_of::<muser_slot>(), data))
+    request.with_written(|data| attached.slots.write(start + size_of::<muser_slot>(), data))
 }

@@ -175,6 +175,12 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
         Some(&entry.payload)
     }
 
+    /// Whether a request is queued that was taken before.
+    pub(crate) fn has_replays(&self) -> bool {
+        let mut entries = self.entries.iter().flatten();
+        entries.any(|entry| entry.state == State::Queued && entry.replays > 0)
+    }
+
     /// Queues a request behind all others; `None` if no place is free.
     pub(crate) fn push(&mut self, payload: T) -> Option<Id> {
         self.push_as(payload, false)

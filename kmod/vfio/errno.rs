@@ -19,6 +19,7 @@ pub(crate) enum Errno {
     ENOTCONN = bindings::ENOTCONN,
     EOPNOTSUPP = bindings::EOPNOTSUPP,
     EPROTO = bindings::EPROTO,
+    ESHUTDOWN = bindings::ESHUTDOWN,
     ESTALE = bindings::ESTALE,
 }
 

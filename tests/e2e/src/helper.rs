@@ -26,6 +26,11 @@ pub fn run(arguments: &[String]) -> Result<()> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["serve", uuid] => serve(uuid),
+        ["standby", uuid] => standby(uuid, 0),
+        ["standby", uuid, state] => standby(uuid, state.parse()?),
+        ["state", uuid, size, offset, value] => {
+            state(uuid, size.parse()?, offset.parse()?, value.parse()?)
+        }
         ["hold", uuid, count] => hold(uuid, count.parse()?),
         ["pin", uuid, iova, pages] => pin(uuid, iova.parse()?, pages.parse()?),
         ["guest", road, uuid, pages, limit] => {
@@ -50,6 +55,33 @@ fn serve(uuid: &str) -> Result<()> {
     let description = Description::pci();
     let server = Arc::new(Server::attach(&borrowed(uuid), &description)?);
     let _service = Service::start(&server, 1, ram(&description))?;
+    println!("ready");
+    wait_for_input_to_end()
+}
+
+/// Attaches with so many bytes of state, writes a word of it, and says what was there before.
+fn state(uuid: &str, size: u32, offset: usize, value: u32) -> Result<()> {
+    let description = Description {
+        state_size: size,
+        ..Description::pci()
+    };
+    let server = Server::attach(&borrowed(uuid), &description)?;
+    let pages = (size as usize).next_multiple_of(sys::PAGE);
+    let state = server.node().map_state(0, pages)?;
+    let before: u32 = state.read(offset);
+    state.write(offset, value);
+    println!("{before}");
+    wait_for_input_to_end()
+}
+
+/// Waits in standby until it can attach, and asks for state: `ready`.
+fn standby(uuid: &str, state_size: u32) -> Result<()> {
+    let description = Description {
+        flags: muser_uapi::MUSER_ATTACH_STANDBY,
+        state_size,
+        ..Description::pci()
+    };
+    let _server = Server::attach(&borrowed(uuid), &description)?;
     println!("ready");
     wait_for_input_to_end()
 }

@@ -30,6 +30,8 @@ pub struct Description {
     pub bus: u32,
     /// `muser_attach.slots`.
     pub slots: u32,
+    /// `muser_attach.state_size`.
+    pub state_size: u32,
     /// Regions.
     pub regions: Vec<muser_region>,
     /// Areas of all regions.
@@ -106,6 +108,7 @@ impl Description {
             flags: 0,
             bus: MUSER_BUS_PCI,
             slots: 0,
+            state_size: 0,
             regions: vec![region(CONFIG, 256)],
             areas: Vec::new(),
             irqs: Vec::new(),
@@ -165,6 +168,7 @@ impl Description {
             flags: self.flags,
             bus: self.bus,
             slots: self.slots,
+            state_size: self.state_size,
             num_regions: self.regions.len() as u32,
             num_areas: self.areas.len() as u32,
             num_irqs: self.irqs.len() as u32,
@@ -289,6 +293,15 @@ impl Node {
         sys::ioctl(self, MUSER_NEXT, next).map(drop)
     }
 
+    /// `MUSER_DETACH`.
+    ///
+    /// # Errors
+    ///
+    /// The errno of the ioctl.
+    pub fn detach(&self) -> io::Result<()> {
+        sys::ioctl_value(self, MUSER_DETACH, 0).map(drop)
+    }
+
     /// `MUSER_TRIGGER`; the vectors that were signalled.
     ///
     /// # Errors
@@ -316,6 +329,15 @@ impl Node {
     pub fn map(&self, region: u32, offset: u64, len: usize) -> io::Result<Mapping> {
         let start = MUSER_MMAP_REGIONS + (u64::from(region) << MUSER_MMAP_REGION_SHIFT);
         Mapping::shared(self, start + offset, len)
+    }
+
+    /// Maps part of the state, for reading and writing.
+    ///
+    /// # Errors
+    ///
+    /// The errno of mmap(2).
+    pub fn map_state(&self, offset: u64, len: usize) -> io::Result<Mapping> {
+        Mapping::shared(self, MUSER_MMAP_STATE + offset, len)
     }
 }
 

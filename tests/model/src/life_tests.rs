@@ -323,6 +323,13 @@ impl World {
         if self.held().count() == 0 {
             assert_eq!(self.queue.is_takable(), count > 0, "stuck behind nothing");
         }
+        assert_eq!(
+            self.queue.has_replays(),
+            self.requests
+                .iter()
+                .filter(queued)
+                .any(|request| request.replays > 0)
+        );
         let last = self.requests.iter().rfind(queued);
         assert_eq!(
             self.queue.last_queued(),

@@ -367,8 +367,8 @@ fn process_maps_slots_and_status_only_as_they_are() -> Result<()> {
     let (read, shared) = (libc::PROT_READ, libc::MAP_SHARED);
     let two = Mapping::new(&node, MUSER_MMAP_STATUS, 2 * PAGE, read, shared);
     fails("two pages of status", two, libc::EINVAL)?;
-    let between = Mapping::shared(&node, 1 << 38, PAGE);
-    fails("between slots and status", between, libc::EINVAL)
+    let between = Mapping::shared(&node, 1 << 37, PAGE);
+    fails("between slots and state", between, libc::EINVAL)
 }
 
 fn status_page_cannot_be_written() -> Result<()> {

@@ -25,6 +25,8 @@ mod owner;
 mod parallel;
 mod reply;
 mod request;
+mod standby;
+mod state;
 mod sysfs;
 mod vanish;
 mod vfio_bad;
@@ -112,6 +114,7 @@ pub(crate) fn all() -> Vec<Test> {
         barrier::tests,
         reply::tests,
         vanish::tests,
+        standby::tests,
         irq::tests,
         irq_bad::tests,
         level::tests,
@@ -121,6 +124,7 @@ pub(crate) fn all() -> Vec<Test> {
         dma_window::tests,
         dma_window::huge,
         dma_pins::tests,
+        state::tests,
         close::tests,
         interop::tests,
         conformance::tests,
