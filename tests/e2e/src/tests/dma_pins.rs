@@ -185,7 +185,7 @@ fn max_pinned_counts_what_is_pinned_already(road: Road) -> Result<()> {
     )?;
     let more = rig.node().dma_acquire(BASE + 4 * 4096, 1, BOTH);
     fails("more", more, libc::EDQUOT)?;
-    for wrong in ["-1", "x", "", "99999999999999999999999"] {
+    for wrong in ["-1", "x", "99999999999999999999999"] {
         let refused = rig.mdev.set_attribute("max_pinned", wrong);
         ensure!(refused.is_err(), "max_pinned took {wrong:?}");
     }

@@ -9,6 +9,7 @@ mod close;
 mod conformance;
 mod dma;
 mod dma_pins;
+mod dma_unmap;
 mod dma_window;
 mod gpio;
 mod info;
@@ -125,6 +126,7 @@ pub(crate) fn all() -> Vec<Test> {
         dma_window::huge,
         dma_pins::tests,
         state::tests,
+        dma_unmap::tests,
         close::tests,
         interop::tests,
         conformance::tests,
