@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a device author writes.
 
+use std::ops::Range;
 use std::sync::Arc;
 
+use crate::dma::Dma;
 use crate::error::Result;
 use crate::irq::Interrupts;
 use crate::memory::SharedMemory;
@@ -63,6 +65,19 @@ pub trait Device {
         log::debug!("{reset:?} reset: the device has nothing to do");
         Ok(())
     }
+
+    /// Lets go of memory which the client unmaps, and of which the device has used some: when this
+    /// returns, it goes.
+    ///
+    /// No other call is in progress. What the device's own threads do with the memory should end
+    /// here, and what it has queued for later, be dropped; ranges of [`Dma`] which it holds need no
+    /// care: a use of one fails with `EFAULT` from now on, until the client maps something there
+    /// again. A device that takes too long loses the memory all the same.
+    ///
+    /// The end of a range up to the last IOVA is `u64::MAX`.
+    fn dma_unmapped(&mut self, iova: Range<u64>) {
+        log::debug!("IOVA {iova:#x?} is unmapped: the device has nothing to do");
+    }
 }
 
 /// Why a device is reset.
@@ -86,13 +101,15 @@ pub enum Reset {
 pub struct Bus {
     interrupts: Interrupts,
     memory: Arc<[AreaMemory]>,
+    dma: Dma,
 }
 
 impl Bus {
-    pub(crate) fn new(interrupts: Interrupts, memory: Vec<AreaMemory>) -> Self {
+    pub(crate) fn new(interrupts: Interrupts, memory: Vec<AreaMemory>, dma: Dma) -> Self {
         Self {
             interrupts,
             memory: memory.into(),
+            dma,
         }
     }
 
@@ -100,6 +117,12 @@ impl Bus {
     #[must_use]
     pub fn interrupts(&self) -> Interrupts {
         self.interrupts.clone()
+    }
+
+    /// The handle that reaches the client's memory.
+    #[must_use]
+    pub fn dma(&self) -> Dma {
+        self.dma.clone()
     }
 
     /// The memory of the [mappable](crate::Bar::mappable) area which starts at `offset` of a BAR.

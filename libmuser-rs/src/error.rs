@@ -31,6 +31,10 @@ impl Errno {
     pub const ENOMEM: Self = Self(libc::ENOMEM);
     /// No space left on device.
     pub const ENOSPC: Self = Self(libc::ENOSPC);
+    /// Bad address: memory that the client has not mapped.
+    pub const EFAULT: Self = Self(libc::EFAULT);
+    /// Value too large: a range which ends beyond what an address can say.
+    pub const EOVERFLOW: Self = Self(libc::EOVERFLOW);
     /// Operation not supported.
     pub const EOPNOTSUPP: Self = Self(libc::EOPNOTSUPP);
     /// The largest number there can be.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vfio_bindings::bindings::vfio;
 
+use crate::dma::Gate;
 use crate::error::{Errno, Error, Result};
 use crate::pci::function::{Eventfds, Function, Signal};
 use crate::transport::{Description, Trigger};
@@ -17,14 +18,21 @@ use crate::transport::{Description, Trigger};
 pub(crate) struct Shared {
     function: Mutex<Function>,
     trigger: Arc<dyn Trigger>,
+    /// Whether the function lets the device reach the client's memory.
+    gate: Arc<Gate>,
 }
 
 impl Shared {
     pub(crate) fn new(function: Function, trigger: Arc<dyn Trigger>) -> Self {
         Self {
+            gate: Arc::new(Gate::new(function.config().mastering())),
             function: Mutex::new(function),
             trigger,
         }
+    }
+
+    pub(crate) fn gate(&self) -> Arc<Gate> {
+        Arc::clone(&self.gate)
     }
 
     /// Lowers the line, which a process before this one may have left up.
@@ -40,6 +48,7 @@ impl Shared {
         // The function is pure code: a panic in it left nothing half done that matters.
         let mut function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
         let result = work(&mut function);
+        self.gate.set(function.config().mastering());
         let sent = function
             .take_signals()
             .map(|signal| self.send(signal))

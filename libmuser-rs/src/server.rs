@@ -10,6 +10,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::device::{Bus, Device};
+use crate::dma::Dma;
 use crate::error::{Error, Result};
 use crate::irq::{Interrupts, Shared};
 use crate::model::PciModel;
@@ -68,7 +69,8 @@ impl<D: Device> Server<D> {
         let shared = Arc::new(Shared::new(model.function(), attachment.trigger));
         shared.settle(model.description())?;
         let interrupts = Interrupts::new(Arc::clone(&shared), model.vectors(), model.is_express());
-        let device = device(&Bus::new(interrupts, attachment.memory))?;
+        let dma = Dma::new(attachment.dma, shared.gate());
+        let device = device(&Bus::new(interrupts, attachment.memory, dma))?;
         let transport = Box::new(transport);
         Ok(Self {
             transport,

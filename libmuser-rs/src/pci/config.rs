@@ -9,6 +9,7 @@
 use std::sync::Arc;
 
 use super::regs::*;
+use crate::dma::Mastering;
 
 /// What each byte of configuration space starts as and how it can be written. Fixed once built.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -200,6 +201,17 @@ impl ConfigSpace {
     /// Whether the function is in D0, where alone it answers in its BARs and sends interrupts.
     pub(crate) fn is_powered(&self) -> bool {
         self.power_state().is_none_or(|state| state == 0)
+    }
+
+    /// Whether the function may reach memory.
+    pub(crate) fn mastering(&self) -> Mastering {
+        if !self.is_powered() {
+            Mastering::Unpowered
+        } else if self.word(PCI_COMMAND) & PCI_COMMAND_MASTER == 0 {
+            Mastering::Disabled
+        } else {
+            Mastering::Enabled
+        }
     }
 
     pub(crate) fn msix_enabled(&self) -> bool {

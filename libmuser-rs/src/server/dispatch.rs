@@ -43,6 +43,10 @@ impl<D: Device> Server<D> {
                 self.reset_function();
                 self.reset_device(if close { Reset::Close } else { Reset::Client })
             }
+            Operation::Unmap { iova, length } => {
+                self.device.dma_unmapped(iova..iova.saturating_add(length));
+                Ok(())
+            }
             Operation::Unknown => {
                 self.failures
                     .log(format_args!("a request of an unknown kind was refused"));

@@ -23,12 +23,14 @@ use crate::memory::SharedMemory;
 use crate::region::Region;
 use crate::sys::{self, Mapping};
 
+mod dma;
 mod fault;
 mod slots;
 mod uuid;
 
 pub use uuid::Uuid;
 
+use dma::ClientDma;
 use slots::Slots;
 
 /// Serves the device of a node of `muser.ko`.
@@ -123,7 +125,8 @@ impl Transport for KernelTransport {
         self.slots = Some(Slots::map(self.node.as_fd(), &attach)?);
         let trigger = Arc::new(Node::map(Arc::clone(&self.node))?);
         let memory = map_areas(self.node.as_fd(), description)?;
-        Ok(Attachment::new(trigger, memory))
+        let dma = Arc::new(ClientDma::new(Arc::clone(&trigger)));
+        Ok(Attachment::new(trigger, memory, dma))
     }
 
     fn turn(
@@ -195,6 +198,10 @@ impl KernelTransport {
             MUSER_REQUEST_RESET => Operation::Reset {
                 close: head.flags & MUSER_REQUEST_CLOSE != 0,
             },
+            MUSER_REQUEST_UNMAP => Operation::Unmap {
+                iova: head.offset,
+                length: head.length,
+            },
             _ => Operation::Unknown,
         };
         self.taken = Some(Taken {
@@ -242,6 +249,16 @@ impl Node {
         let status = Mapping::new(file.as_fd(), MUSER_MMAP_STATUS, page, false)
             .map_err(|errno| Error::io("mapping the status page", errno))?;
         Ok(Self { file, status })
+    }
+
+    /// Changes whenever memory of the client that was acquired has gone away.
+    fn dma_generation(&self) -> u64 {
+        let offset = std::mem::offset_of!(muser_status, dma_generation);
+        // The page is mapped and the offset aligned: there is no error to be had.
+        self.status
+            .slice()
+            .load(offset, Ordering::Acquire)
+            .unwrap_or(0)
     }
 
     fn trigger(&self, flags: u32, index: u32, vector: u32) -> Result<()> {

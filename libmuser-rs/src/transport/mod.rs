@@ -17,8 +17,11 @@ use crate::error::{Errno, Result};
 use crate::memory::SharedMemory;
 use crate::region::RegionInfo;
 
+pub(crate) mod dma;
 pub mod kernel;
 pub mod memory;
+
+pub use dma::{Acquired, DirtyLog, DmaAccess, GuestMemory, IovaRange, Piece, RemoteMemory};
 
 pub use kernel::KernelTransport;
 pub use memory::MemoryTransport;
@@ -106,12 +109,22 @@ pub struct Attachment {
     pub trigger: Arc<dyn Trigger>,
     /// The memory of each mappable area.
     pub memory: Vec<AreaMemory>,
+    /// The client's memory.
+    pub dma: Arc<dyn GuestMemory>,
 }
 
 impl Attachment {
     /// An attachment with this trigger, and memory for each mappable area of the description.
-    pub(crate) const fn new(trigger: Arc<dyn Trigger>, memory: Vec<AreaMemory>) -> Self {
-        Self { trigger, memory }
+    pub(crate) const fn new(
+        trigger: Arc<dyn Trigger>,
+        memory: Vec<AreaMemory>,
+        dma: Arc<dyn GuestMemory>,
+    ) -> Self {
+        Self {
+            trigger,
+            memory,
+            dma,
+        }
     }
 }
 
@@ -143,6 +156,14 @@ pub enum Operation {
     Reset {
         /// Because the last client closed the device, rather than for its wish.
         close: bool,
+    },
+    /// Let go of memory that the client unmaps, of which the device has used some. With the reply
+    /// it goes.
+    Unmap {
+        /// First IOVA.
+        iova: u64,
+        /// Bytes.
+        length: u64,
     },
     /// Something that this version of the library does not know.
     Unknown,

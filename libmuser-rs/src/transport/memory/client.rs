@@ -9,7 +9,7 @@ use std::sync::Arc;
 use muser_uapi::MUSER_SLOT_DATA;
 use nix::errno::Errno as Number;
 
-use super::queue::Described;
+use super::queue::{Described, Queue};
 use super::Removal;
 use crate::memory::SharedMemory;
 use crate::region::RegionInfo;
@@ -76,6 +76,10 @@ impl Client {
     pub(super) fn open(device: Arc<Removal>) -> io::Result<Self> {
         let described = device.0.open()?;
         Ok(Self { device, described })
+    }
+
+    pub(super) fn queue(&self) -> &Queue {
+        &self.device.0
     }
 
     /// The device's regions and interrupts.

@@ -40,10 +40,12 @@ use super::{Attachment, Description, Reply, Request, Take, Transport};
 use crate::error::{Error, Result};
 
 mod client;
+mod dma;
 mod irqs;
 mod queue;
 
 pub use client::{Client, IrqAction, IrqData};
+pub use dma::ClientMemory;
 
 pub(super) use irqs::Irqs;
 use queue::Queue;
@@ -106,6 +108,13 @@ impl Host {
     pub fn set_reattach_timeout(&self, timeout: Duration) {
         self.queue.0.set_reattach_timeout(timeout);
     }
+
+    /// Sets how long a client that unmaps memory which the device has used waits for the server;
+    /// then the memory goes. 1 second otherwise, as the attribute `unmap_timeout_ms` of a device of
+    /// `muser.ko`.
+    pub fn set_unmap_timeout(&self, timeout: Duration) {
+        self.queue.0.set_unmap_timeout(timeout);
+    }
 }
 
 /// Removes the device when it is dropped, with the last host and client.
@@ -129,7 +138,7 @@ impl Transport for MemoryTransport {
     fn attach(&mut self, description: &Description) -> Result<Attachment> {
         let (id, memory) = self.queue.attach(description)?;
         self.attachment = Some(id);
-        Ok(Attachment::new(self.queue.irqs(), memory))
+        Ok(Attachment::new(self.queue.irqs(), memory, self.queue.dma()))
     }
 
     fn turn(

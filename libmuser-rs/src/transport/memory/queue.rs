@@ -16,10 +16,14 @@ use super::irqs::Irqs;
 use crate::error::{Errno, Error, Result};
 use crate::memory::SharedMemory;
 use crate::sys::Mapping;
+use crate::transport::dma::DmaTable;
 use crate::transport::{AreaMemory, Description, Operation, Reply, Request, Take, Token};
 
 /// How long a request waits for a server, if nothing else is said; as `muser.ko` has it.
 const REATTACH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long an unmap waits for the server, if nothing else is said; as `muser.ko` has it.
+const UNMAP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A device and its requests.
 #[derive(Debug)]
@@ -32,6 +36,7 @@ pub(super) struct Queue {
     /// Readable while a request waits, or the device is removed.
     event: EventFd,
     irqs: Arc<Irqs>,
+    dma: Arc<DmaTable>,
 }
 
 #[derive(Debug)]
@@ -48,6 +53,7 @@ struct State {
     /// Whether `event` is readable.
     readable: bool,
     reattach_timeout: Duration,
+    unmap_timeout: Duration,
 }
 
 /// What the first server described.
@@ -90,6 +96,7 @@ impl Queue {
             clients: 0,
             readable: false,
             reattach_timeout: REATTACH_TIMEOUT,
+            unmap_timeout: UNMAP_TIMEOUT,
         };
         Ok(Self {
             state: Mutex::new(state),
@@ -97,11 +104,20 @@ impl Queue {
             progress: Condvar::new(),
             event,
             irqs: Arc::default(),
+            dma: Arc::default(),
         })
     }
 
     pub(super) fn irqs(&self) -> Arc<Irqs> {
         Arc::clone(&self.irqs)
+    }
+
+    pub(super) fn dma(&self) -> Arc<DmaTable> {
+        Arc::clone(&self.dma)
+    }
+
+    pub(super) fn set_unmap_timeout(&self, timeout: Duration) {
+        self.lock().unmap_timeout = timeout;
     }
 
     pub(super) fn set_reattach_timeout(&self, timeout: Duration) {
@@ -131,6 +147,7 @@ impl Queue {
         state.clients -= 1;
         if state.clients == 0 {
             self.irqs.disable_all();
+            self.dma.clear();
             for area in state.device.iter().flat_map(|device| &device.memory) {
                 area.memory.clear();
             }
@@ -180,6 +197,34 @@ impl Queue {
             let wait = self.progress.wait_timeout(state, left);
             state = wait.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Tells the server, if there is one, that memory goes away, and waits for its reply; but not
+    /// for long.
+    pub(super) fn announce_unmap(&self, iova: u64, length: u64) {
+        let mut state = self.lock();
+        if state.removed || state.attached.is_none() {
+            return;
+        }
+        let attachment = state.attached;
+        let id = state.enqueue(Operation::Unmap { iova, length }, Vec::new(), true);
+        self.changed(&mut state);
+        let deadline = Instant::now() + state.unmap_timeout;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let answered = state.answered.remove(&id).is_some();
+            if answered || state.removed || state.attached != attachment || left.is_zero() {
+                break;
+            }
+            let wait = self.progress.wait_timeout(state, left);
+            state = wait.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        // A reply which comes after all finds nobody who waits for it.
+        state.waiting.retain(|pending| pending.id != id);
+        if let Some(pending) = state.taken.get_mut(&id) {
+            pending.awaited = false;
+        }
+        self.changed(&mut state);
     }
 
     /// A server attaches, with a description that must be the one which the device has.

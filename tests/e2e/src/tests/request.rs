@@ -65,7 +65,11 @@ fn read_reaches_process_as_it_is(road: Road) -> Result<()> {
             (head.region, head.offset, head.count),
             (0, 0x1234, 8),
         )?;
-        equal("state, reserved", (head.state, head.length, head.reserved), (0, 0, [0; 2]))?;
+        equal(
+            "state, reserved",
+            (head.state, head.length, head.reserved),
+            (0, 0, [0; 2]),
+        )?;
         works(
             "reply",
             bare.server
