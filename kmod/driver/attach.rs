@@ -217,6 +217,8 @@ impl NodeFile {
             }
         }
         query.memory_pages = device.memory.allocated();
+        let (pins, unpins) = device.pins.counts();
+        query.pinned_pages = pins - unpins;
         let counters = &device.counters;
         query.counters = muser_counters {
             reads: counters.reads.count(),
@@ -229,13 +231,17 @@ impl NodeFile {
             replays: counters.replays.count(),
             withdrawn: counters.withdrawn.count(),
             attachments: counters.attachments.count(),
+            unmaps: counters.unmaps.count(),
+            unmaps_forced: counters.unmaps_forced.count(),
+            pins,
+            unpins,
             ..muser_counters::default()
         };
         query.write(argument)
     }
 }
 
-fn read_array<T>(address: u64, count: u32) -> Result<KVec<T>>
+pub(super) fn read_array<T>(address: u64, count: u32) -> Result<KVec<T>>
 where
     T: FromBytes + IntoBytes + Default,
 {

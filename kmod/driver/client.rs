@@ -25,11 +25,13 @@ use crate::{
         },
         irq_set::IrqSet,
         page::PAGE_SIZE,
+        pins::Pins,
         vm::NewVma, //
     },
 };
 use kernel::{
     prelude::*,
+    sync::Arc,
     uaccess::UserPtr, //
 };
 
@@ -252,8 +254,12 @@ impl device::Operations for Device {
         }
     }
 
-    fn dma_unmap(&self, _iova: u64, _len: u64) {
-        // Nothing of the client's memory is pinned.
+    fn pins(&self) -> &Arc<Pins> {
+        &self.pins
+    }
+
+    fn dma_unmap(&self, iova: u64, len: u64) {
+        self.announce_unmap(iova, len);
     }
 }
 

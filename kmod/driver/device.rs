@@ -14,10 +14,12 @@ use crate::{
         irqs::Irqs,
         memory::Memory,
         queue::{Entry, Holder, Id, Queue, Withdrawn},
-        request::Request, //
+        request::{Kind, Request}, //
     },
     uapi::*,
     vfio::{
+        inode::{Inode, Inodes},
+        pins::Pins,
         process::Process,
         shared::SharedMemory,
         wait::{Moment, Signals, Timeout, WaitQueue, Woken}, //
@@ -25,6 +27,7 @@ use crate::{
 };
 use core::mem::{offset_of, size_of};
 use kernel::{
+    page::PAGE_SIZE,
     prelude::*,
     static_lock_class,
     str::CString,
@@ -39,10 +42,16 @@ use kernel::{
 
 /// Requests in flight at a time; more clients' threads wait for a place.
 const MAX_REQUESTS: usize = 512;
+/// How many processes in a row a request may end before it is given up.
+const MAX_REPLAYS: u32 = 64;
 /// Default of the attribute `reattach_timeout_ms`.
 const REATTACH_TIMEOUT_MS: u32 = 5_000;
 /// Default of the attribute `max_memory`, in bytes.
 const MAX_MEMORY: u64 = 256 << 20;
+/// Default of the attribute `max_pinned`, in bytes.
+const MAX_PINNED: u64 = 1 << 30;
+/// Default of the attribute `unmap_timeout_ms`.
+const UNMAP_TIMEOUT_MS: u32 = 1_000;
 
 /// The description that the first process gave, and what was made by it.
 pub(crate) struct Described {
@@ -151,6 +160,16 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// Queues a request; `None` if there is no room.
+    fn queue(&mut self, request: &Arc<Request>) -> Option<Id> {
+        match request.kind() {
+            Kind::Reset { .. } => self.requests.push_barrier(request.clone()),
+            Kind::Read(_) | Kind::Write(_) | Kind::Unmap { .. } => {
+                self.requests.push(request.clone())
+            }
+        }
+    }
+
     /// Whether the attachment `owner` is the present one.
     pub(crate) fn is_served_by(&self, owner: u64) -> bool {
         matches!(&self.attachment, Some(attachment) if attachment.owner == owner)
@@ -200,6 +219,8 @@ pub(crate) struct Counters {
     pub(crate) replays: Counter,
     pub(crate) withdrawn: Counter,
     pub(crate) attachments: Counter,
+    pub(crate) unmaps: Counter,
+    pub(crate) unmaps_forced: Counter,
 }
 
 /// What was said in the log once, so that a hostile process can't flood it.
@@ -218,6 +239,8 @@ pub(crate) enum Complaint {
     Full,
     /// A process went away before it had answered everything.
     Gone,
+    /// A process did not answer an unmap in time.
+    Unmap,
 }
 
 impl Complaints {
@@ -258,6 +281,10 @@ pub(crate) struct Device {
     room: WaitQueue,
     /// Pages of mappable areas.
     pub(crate) memory: Arc<Memory>,
+    /// Pages of its client's memory.
+    pub(crate) pins: Arc<Pins>,
+    /// The attachment that last failed to answer an unmap, and nothing since.
+    pub(crate) deaf: Atomic<u64>,
     /// The page of `muser_status`.
     pub(crate) status: Arc<SharedMemory>,
     /// What it did.
@@ -268,23 +295,35 @@ pub(crate) struct Device {
     pub(crate) reattach_timeout_ms: Atomic<u32>,
     /// Attribute: bytes of device memory that a description may ask for.
     pub(crate) max_memory: Atomic<u64>,
+    /// Attribute: bytes of its client's memory that may be pinned.
+    pub(crate) max_pinned: Atomic<u64>,
+    /// Attribute: how long a client's unmap waits for the process.
+    pub(crate) unmap_timeout_ms: Atomic<u32>,
 }
 
 impl Device {
     /// Makes a device which nobody has described.
-    pub(crate) fn new(name: &CStr, bus: u32) -> Result<Arc<Self>> {
+    pub(crate) fn new(name: &CStr, bus: u32, inodes: &Arc<Inodes>) -> Result<Arc<Self>> {
         let mut places = KVVec::with_capacity(MAX_REQUESTS, GFP_KERNEL_ACCOUNT)?;
         for _ in 0..MAX_REQUESTS {
             places.push(None, GFP_KERNEL_ACCOUNT)?;
         }
         let state = State {
-            requests: Queue::new(places),
+            requests: Queue::new(places, MAX_REPLAYS),
             attachment: None,
             next_owner: 1,
             detached_since: Moment::now(),
             removed: false,
             client: false,
         };
+        let status = SharedMemory::new(size_of::<muser_status>())?;
+        let status = Arc::new(status, GFP_KERNEL_ACCOUNT)?;
+        let pins = Pins::new(
+            Inode::new(inodes)?,
+            MUSER_MMAP_WINDOW as usize / PAGE_SIZE,
+            status.clone(),
+            offset_of!(muser_status, dma_generation),
+        )?;
         Arc::pin_init(
             try_pin_init!(Self {
                 name: CString::try_from(name)?,
@@ -294,11 +333,15 @@ impl Device {
                 takers <- WaitQueue::new(c"muser_takers", static_lock_class!()),
                 room <- WaitQueue::new(c"muser_room", static_lock_class!()),
                 memory: Memory::new()?,
-                status: Arc::new(SharedMemory::new(size_of::<muser_status>())?, GFP_KERNEL_ACCOUNT)?,
+                pins,
+                deaf: Atomic::new(0),
+                status,
                 counters: Counters::default(),
                 complaints: Complaints::new(),
                 reattach_timeout_ms: Atomic::new(REATTACH_TIMEOUT_MS),
                 max_memory: Atomic::new(MAX_MEMORY),
+                max_pinned: Atomic::new(MAX_PINNED),
+                unmap_timeout_ms: Atomic::new(UNMAP_TIMEOUT_MS),
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -366,6 +409,26 @@ impl Device {
         }
     }
 
+    /// Has the process which is attached, if there is one, perform a request, and waits `ms`
+    /// milliseconds for it at most. Returns whether it is done.
+    pub(crate) fn perform_within(&self, request: &Arc<Request>, ms: u32) -> bool {
+        let id = {
+            let mut state = self.state.lock();
+            if state.attachment.is_none() {
+                return false;
+            }
+            state.queue(request)
+        };
+        let Some(id) = id else { return false };
+        self.takers.wake_one();
+        let done = request.done().wait(Timeout::from_ms(ms));
+        if let Woken::Ready(()) = done {
+            return request.result().is_ok();
+        }
+        self.withdraw(id);
+        false
+    }
+
     /// Has a process perform a request which nobody waits for.
     pub(crate) fn perform_later(&self, request: &Arc<Request>) {
         let kind = request.kind();
@@ -375,7 +438,7 @@ impl Device {
                 .requests
                 .last_queued()
                 .is_some_and(|last| last.kind() == kind);
-            state.removed || doubled || state.requests.push(request.clone()).is_some()
+            state.removed || doubled || state.queue(request).is_some()
         };
         if !queued && self.complaints.is_first(Complaint::Full) {
             pr_warn!(
@@ -391,7 +454,7 @@ impl Device {
         if state.removed {
             return Some(Err(ENODEV));
         }
-        state.requests.push(request.clone()).map(Ok)
+        state.queue(request).map(Ok)
     }
 
     /// How long a request made at `start` has left if nothing changes, and whether that is final.
@@ -423,7 +486,7 @@ impl Device {
             }
         };
         if withdrawn.is_some() {
-            self.room.wake_one();
+            self.left();
         }
         withdrawn.is_some()
     }
@@ -432,13 +495,17 @@ impl Device {
     fn withdraw(&self, id: Id) {
         let withdrawn = self.state.lock().requests.withdraw(id);
         if let Withdrawn::Removed(_) = withdrawn {
-            self.room.wake_one();
+            self.left();
         }
     }
 
-    /// Says that a request has left the queue.
+    /// Says that a request has left the queue: another one finds room, or was kept by this one and
+    /// can be taken. Who takes it wakes the next.
     pub(crate) fn left(&self) {
         self.room.wake_one();
+        if self.state.lock().requests.is_takable() {
+            self.takers.wake_one();
+        }
     }
 
     /// Ends the attachment `owner`: what it took goes back into the queue.
@@ -458,6 +525,8 @@ impl Device {
             let Some(request) = poison else { break };
             request.finish(EIO.to_errno());
         }
+        // What the process used of the client's memory is not used any more.
+        self.end_unmaps();
         // Threads of the process which wait for a request find that they are not attached.
         self.takers.wake_all();
         // Abandoned requests ended, too.
@@ -468,6 +537,16 @@ impl Device {
                 self.name(),
                 replays
             );
+        }
+    }
+
+    /// Ends the unmaps in flight: the process that was asked is gone.
+    fn end_unmaps(&self) {
+        let is_unmap = |request: &Arc<Request>| matches!(request.kind(), Kind::Unmap { .. });
+        loop {
+            let unmap = self.state.lock().requests.pop_where(is_unmap);
+            let Some(request) = unmap else { break };
+            request.finish(0);
         }
     }
 

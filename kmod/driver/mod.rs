@@ -8,6 +8,7 @@ mod attach;
 mod client;
 mod description;
 mod device;
+mod dma;
 mod irqs;
 mod memory;
 mod node;
@@ -20,6 +21,7 @@ use crate::{
         chrdev::{Node, Numbers},
         class::Class,
         device::Registration,
+        inode::Inodes,
         mdev::{self, Type},
         sysfs::{Attribute, Entry, File}, //
     },
@@ -56,6 +58,7 @@ static PLATFORM: Type = Type {
 pub(crate) struct Context {
     bus: u32,
     numbers: Arc<Numbers>,
+    inodes: Arc<Inodes>,
 }
 
 /// All that the module registers. Fields are dropped in order: types first, so that every device is
@@ -70,10 +73,12 @@ impl Driver {
     pub(crate) fn new(module: &'static ThisModule) -> Result<Self> {
         let class = Class::new(c"muser")?;
         let numbers = Numbers::new(class, c"muser", 2 * MAX_DEVICES)?;
+        let inodes = Inodes::new()?;
         let register = |description, bus| {
             let context = Context {
                 bus,
                 numbers: numbers.clone(),
+                inodes: inodes.clone(),
             };
             mdev::Registration::new(module, numbers.class(), description, context)
         };
@@ -107,10 +112,12 @@ impl mdev::Driver for Mdev {
     const ATTRIBUTES: &'static [Entry<Self>] = &[
         File::<Self, ReattachTimeout>::ENTRY,
         File::<Self, MaxMemory>::ENTRY,
+        File::<Self, MaxPinned>::ENTRY,
+        File::<Self, UnmapTimeout>::ENTRY,
     ];
 
     fn probe(parent: &mdev::Device, context: &Context) -> Result<Pin<KBox<Self>>> {
-        let device = HangUp(Device::new(parent.name(), context.bus)?);
+        let device = HangUp(Device::new(parent.name(), context.bus, &context.inodes)?);
         let node = Node::new(&context.numbers, parent, device.0.clone())?;
         let vfio = Registration::new(parent, device.0.clone())?;
         let mdev = Self {
@@ -154,6 +161,39 @@ impl Attribute<Mdev> for MaxMemory {
             return Err(EBUSY);
         }
         mdev.device.0.max_memory.store(bytes, Relaxed);
+        Ok(())
+    }
+}
+
+/// How many bytes of its client's memory may be pinned at a time.
+struct MaxPinned;
+
+impl Attribute<Mdev> for MaxPinned {
+    const NAME: &'static CStr = c"max_pinned";
+
+    fn show(mdev: &Mdev) -> u64 {
+        mdev.device.0.max_pinned.load(Relaxed)
+    }
+
+    fn store(mdev: &Mdev, bytes: u64) -> Result {
+        mdev.device.0.max_pinned.store(bytes, Relaxed);
+        Ok(())
+    }
+}
+
+/// How long a client's unmap waits for the process to let go of the range, in milliseconds.
+struct UnmapTimeout;
+
+impl Attribute<Mdev> for UnmapTimeout {
+    const NAME: &'static CStr = c"unmap_timeout_ms";
+
+    fn show(mdev: &Mdev) -> u64 {
+        u64::from(mdev.device.0.unmap_timeout_ms.load(Relaxed))
+    }
+
+    fn store(mdev: &Mdev, ms: u64) -> Result {
+        let ms = u32::try_from(ms).map_err(|_| ERANGE)?;
+        mdev.device.0.unmap_timeout_ms.store(ms, Relaxed);
         Ok(())
     }
 }

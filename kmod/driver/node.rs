@@ -12,6 +12,7 @@ use crate::{
     vfio::{
         chrdev::{self, POLL_GONE, POLL_IN},
         errno::Errno,
+        inode::Inode,
         page::PAGE_SIZE,
         shared::SharedMemory,
         vm::NewVma,
@@ -113,6 +114,14 @@ impl Argument for muser_query {
     const FIRST_SIZE: usize = 208;
 }
 
+impl Argument for muser_dma {
+    const FIRST_SIZE: usize = 40;
+}
+
+impl Argument for muser_dma_copy {
+    const FIRST_SIZE: usize = 32;
+}
+
 impl chrdev::Operations for NodeFile {
     type Target = Device;
 
@@ -138,6 +147,9 @@ impl chrdev::Operations for NodeFile {
             MUSER_TRIGGER => self.trigger(argument),
             MUSER_QUERY => self.query(argument),
             MUSER_DETACH => self.detach(),
+            MUSER_DMA_ACQUIRE => self.acquire(argument),
+            MUSER_DMA_RELEASE => self.release(argument),
+            MUSER_DMA_COPY => self.copy(argument),
             _ => return Err(ENOTTY),
         }?;
         Ok(0)
@@ -146,6 +158,7 @@ impl chrdev::Operations for NodeFile {
     fn mmap(&self, vma: &NewVma<'_>) -> Result {
         const STATUS: usize = MUSER_MMAP_STATUS as usize / PAGE_SIZE;
         const REGIONS: usize = MUSER_MMAP_REGIONS as usize / PAGE_SIZE;
+        const WINDOW: usize = MUSER_MMAP_WINDOW as usize / PAGE_SIZE;
         let attached = self.serving()?;
         match vma.offset() {
             0 => attached.slots.map(vma),
@@ -156,6 +169,7 @@ impl chrdev::Operations for NodeFile {
                 vma.forbid_writing()?;
                 self.device.status.map(vma)
             }
+            WINDOW.. => self.device.pins.map(vma),
             first @ REGIONS.. => {
                 self.device.check_mapping(vma, first - REGIONS)?;
                 vma.fill::<ProcessPager>(self.device.memory.clone());
@@ -163,6 +177,10 @@ impl chrdev::Operations for NodeFile {
             }
             _ => Err(EINVAL),
         }
+    }
+
+    fn inode(&self) -> &Inode {
+        self.device.pins.inode()
     }
 
     fn changes(&self) -> &WaitQueue {
@@ -177,7 +195,7 @@ impl chrdev::Operations for NodeFile {
         match (&self.attached.as_ref(), &state.attachment) {
             (None, _) => 0,
             (Some(attached), Some(attachment)) if attachment.owner == attached.owner => {
-                let takable = attachment.slots.free().is_some() && state.requests.queued() > 0;
+                let takable = attachment.slots.free().is_some() && state.requests.is_takable();
                 if takable {
                     POLL_IN
                 } else {
@@ -200,7 +218,7 @@ impl Drop for NodeFile {
 
 impl NodeFile {
     /// What the file got when it attached, if that is not over.
-    fn serving(&self) -> Result<&Attached> {
+    pub(super) fn serving(&self) -> Result<&Attached> {
         let attached = self.attached.as_ref().ok_or(Errno::ENOTCONN)?;
         if self.device.state.lock().is_served_by(attached.owner) {
             Ok(attached)
@@ -244,6 +262,7 @@ impl NodeFile {
     }
 
     fn take(&self, attached: &Attached, timeout: Timeout) -> Result<(u32, Taken<Arc<Request>>)> {
+        let mut more = false;
         let taken = self.device.takers.wait(Signals::Any, timeout, || {
             let mut state = self.device.state.lock();
             if state.removed {
@@ -260,8 +279,13 @@ impl NodeFile {
                 slot,
             })?;
             slots.claim(slot);
+            more = state.requests.is_takable();
             Some(Ok((slot, taken)))
         });
+        if more {
+            // The end of a barrier wakes one thread, and may free many requests.
+            self.device.takers.wake_one();
+        }
         match taken {
             Woken::Ready(taken) => taken,
             Woken::TimedOut => Err(EAGAIN),
@@ -279,7 +303,6 @@ impl NodeFile {
         }
         drop(state);
         self.device.left();
-        self.device.takers.wake_one();
     }
 
     fn reply(&self, attached: &Attached, slot: u32) -> Result {
@@ -313,6 +336,7 @@ impl NodeFile {
             owner: attached.owner,
             slot,
         };
+        self.device.hears(attached.owner);
         let request = self
             .device
             .state
@@ -337,21 +361,16 @@ impl NodeFile {
                 result = error.to_errno();
             }
         }
-        let waiting = {
-            let mut state = self.device.state.lock();
-            state.release(holder);
-            state.requests.queued() > 0
-        };
+        self.device.state.lock().release(holder);
         self.device.left();
-        if waiting {
-            self.device.takers.wake_one();
-        }
         let request = request?;
         let counters = &self.device.counters;
         match request.kind() {
             Kind::Read(_) => counters.reads.add(1),
             Kind::Write(_) => counters.writes.add(1),
             Kind::Reset { .. } => counters.resets.add(1),
+            // Counted when the client asked.
+            Kind::Unmap { .. } => {}
         }
         request.finish(result);
         Ok(())

@@ -12,17 +12,19 @@
 //!                     ▼    owner gone     └────────▶ abandoned ─────────▶ gone
 //!                   gone   (replay)
 //! ```
+//!
+//! Requests are taken in the order in which they were queued. A barrier, such as a reset, is taken
+//! when nothing before it is taken any more, and nothing behind it is until it has ended: whoever
+//! works on it works on nothing else.
 
 use core::{
     marker::PhantomData,
     ops::DerefMut, //
 };
 
-/// How often a request may take its process with it before it is given up.
-pub(crate) const MAX_REPLAYS: u32 = 64;
-
 /// The number of a request: never used twice in the life of a queue, and ascending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[cfg_attr(test, derive(Hash))]
 pub(crate) struct Id(u64);
 
 impl Id {
@@ -50,6 +52,7 @@ impl Id {
 
 /// Who took a request: an attachment and the slot of it that holds the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(test, derive(Hash))]
 pub(crate) struct Holder {
     /// Number of the attachment.
     pub(crate) owner: u64,
@@ -58,6 +61,7 @@ pub(crate) struct Holder {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(test, derive(Hash))]
 enum State {
     /// Waits to be taken.
     Queued,
@@ -68,10 +72,12 @@ enum State {
 }
 
 /// A place in the queue.
+#[cfg_attr(test, derive(Clone, PartialEq, Eq, Hash))]
 pub(crate) struct Entry<T> {
     id: Id,
     state: State,
     replays: u32,
+    barrier: bool,
     /// The next queued entry; meaningless in any other state.
     next: Option<u16>,
     payload: T,
@@ -121,25 +127,33 @@ pub(crate) struct Taken<T> {
 /// - The list from `head` over `next` holds exactly the queued entries, by ascending id.
 /// - `tail` is its last entry, `queued` its length, `taken` the number of the other entries.
 /// - An entry's id names the place where the entry is.
+/// - If `barrier`, the one entry that is not queued is a barrier; otherwise none is. What is queued
+///   is younger than that barrier.
+#[cfg_attr(test, derive(Clone, PartialEq, Eq, Hash))]
 pub(crate) struct Queue<T, S> {
     entries: S,
     head: Option<u16>,
     tail: Option<u16>,
     queued: u32,
     taken: u32,
+    barrier: bool,
+    max_replays: u32,
     sequence: u64,
     payload: PhantomData<T>,
 }
 
 impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
-    /// Makes an empty queue of the places in `entries`, at most 2^16, which must all be `None`.
-    pub(crate) fn new(entries: S) -> Self {
+    /// Makes an empty queue of the places in `entries`, at most 2^16, which must all be `None`. A
+    /// request may take `max_replays` owners with it before it is given up.
+    pub(crate) fn new(entries: S, max_replays: u32) -> Self {
         Self {
             entries,
             head: None,
             tail: None,
             queued: 0,
             taken: 0,
+            barrier: false,
+            max_replays,
             sequence: 0,
             payload: PhantomData,
         }
@@ -163,6 +177,15 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
 
     /// Queues a request behind all others; `None` if no place is free.
     pub(crate) fn push(&mut self, payload: T) -> Option<Id> {
+        self.push_as(payload, false)
+    }
+
+    /// As [`Queue::push`], a request that is never taken together with another.
+    pub(crate) fn push_barrier(&mut self, payload: T) -> Option<Id> {
+        self.push_as(payload, true)
+    }
+
+    fn push_as(&mut self, payload: T, barrier: bool) -> Option<Id> {
         let index = self.entries.iter().position(Option::is_none)?;
         let place = u16::try_from(index).ok()?;
         self.sequence += 1;
@@ -171,6 +194,7 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
             id,
             state: State::Queued,
             replays: 0,
+            barrier,
             next: None,
             payload,
         });
@@ -178,12 +202,27 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
         Some(id)
     }
 
+    /// Whether [`Queue::take`] would give a request.
+    pub(crate) fn is_takable(&self) -> bool {
+        self.takable().is_some()
+    }
+
+    /// The place of the oldest queued request, unless a barrier keeps it: that before it, or it.
+    fn takable(&self) -> Option<u16> {
+        let place = self.head?;
+        let entry = self.entries[place as usize].as_ref()?;
+        // While a barrier is queued nothing behind it is taken: all that is taken is older.
+        let kept = self.barrier || (entry.barrier && self.taken > 0);
+        (!kept).then_some(place)
+    }
+
     /// Gives the oldest queued request to `holder`.
     pub(crate) fn take(&mut self, holder: Holder) -> Option<Taken<T>> {
-        let place = self.head?;
+        let place = self.takable()?;
         let entry = self.entries[place as usize].as_mut()?;
         self.head = entry.next.take();
         entry.state = State::Taken(holder);
+        self.barrier = entry.barrier;
         let taken = Taken {
             id: entry.id,
             replay: entry.replays > 0,
@@ -207,7 +246,7 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
             State::Queued => false,
             State::Taken(by) if by == holder => {
                 entry.state = State::Queued;
-                self.taken -= 1;
+                self.given_back();
                 self.insert(id.index() as u16);
                 true
             }
@@ -268,7 +307,7 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
     /// Puts back what `owner` took, each request in its original place and marked as a replay;
     /// those nobody waits for end. Returns how many were put back.
     ///
-    /// A request that was put back [`MAX_REPLAYS`] times already is not: it may be what ends its
+    /// A request that was put back `max_replays` times already is not: it may be what ends its
     /// processes. It stays with the owner who is gone, for [`Queue::pop_poison`].
     pub(crate) fn owner_gone(&mut self, owner: u64) -> u32 {
         let mut replays = 0;
@@ -278,12 +317,12 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
             };
             match entry.state {
                 State::Taken(holder) if holder.owner == owner => {
-                    if entry.replays >= MAX_REPLAYS {
+                    if entry.replays >= self.max_replays {
                         continue;
                     }
                     entry.state = State::Queued;
                     entry.replays += 1;
-                    self.taken -= 1;
+                    self.given_back();
                     self.insert(index as u16);
                     replays += 1;
                 }
@@ -307,6 +346,14 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
                 State::Taken(holder) if holder.owner == owner => Some(entry.id),
                 _ => None,
             })?;
+        self.remove(id)
+    }
+
+    /// Ends one of the requests that `which` says yes to, whatever its state, and hands its payload
+    /// back. A reply to it is one to an unknown request.
+    pub(crate) fn pop_where(&mut self, which: impl Fn(&T) -> bool) -> Option<T> {
+        let mut entries = self.entries.iter().flatten();
+        let id = entries.find(|entry| which(&entry.payload))?.id;
         self.remove(id)
     }
 
@@ -382,9 +429,15 @@ impl<T: Clone, S: DerefMut<Target = [Option<Entry<T>>]>> Queue<T, S> {
             }
             self.queued -= 1;
         } else {
-            self.taken -= 1;
+            self.given_back();
         }
         self.entries[id.index()].take().map(|entry| entry.payload)
+    }
+
+    /// Notes that one entry less is taken. If it was a barrier, it was the only one.
+    fn given_back(&mut self) {
+        self.taken -= 1;
+        self.barrier = false;
     }
 
     fn id_at(&self, place: u16) -> Option<Id> {

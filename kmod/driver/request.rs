@@ -28,6 +28,8 @@ pub(crate) enum Kind {
     Write(Place),
     /// To reset the device; nobody waits if `close` says that the last client is gone.
     Reset { close: bool },
+    /// To unmap a range of IOVA, some pages of which are pinned.
+    Unmap { iova: u64, len: u64 },
 }
 
 /// Part of a region.
@@ -74,6 +76,11 @@ impl Request {
         Self::new(Kind::Reset { close }, KVec::new())
     }
 
+    /// Makes an unmap.
+    pub(crate) fn unmap(iova: u64, len: u64) -> Result<Arc<Self>> {
+        Self::new(Kind::Unmap { iova, len }, KVec::new())
+    }
+
     fn new(kind: Kind, data: KVec<u8>) -> Result<Arc<Self>> {
         Arc::pin_init(
             try_pin_init!(Self {
@@ -112,6 +119,14 @@ impl Request {
                 flags: replay | if close { MUSER_REQUEST_CLOSE } else { 0 },
                 ..muser_slot::default()
             },
+            Kind::Unmap { iova, len } => muser_slot {
+                id,
+                kind: MUSER_REQUEST_UNMAP,
+                flags: replay,
+                offset: iova,
+                length: len,
+                ..muser_slot::default()
+            },
         }
     }
 
@@ -119,7 +134,7 @@ impl Request {
     pub(crate) fn with_written(&self, use_bytes: impl FnOnce(&[u8]) -> Result) -> Result {
         match self.kind {
             Kind::Write(_) => use_bytes(&self.data.lock()),
-            Kind::Read(_) | Kind::Reset { .. } => Ok(()),
+            Kind::Read(_) | Kind::Reset { .. } | Kind::Unmap { .. } => Ok(()),
         }
     }
 
@@ -127,7 +142,7 @@ impl Request {
     pub(crate) fn with_read(&self, fill: impl FnOnce(&mut [u8]) -> Result) -> Result {
         match self.kind {
             Kind::Read(_) => fill(&mut self.data.lock()),
-            Kind::Write(_) | Kind::Reset { .. } => Ok(()),
+            Kind::Write(_) | Kind::Reset { .. } | Kind::Unmap { .. } => Ok(()),
         }
     }
 

@@ -5,7 +5,7 @@
 //!
 //! C headers: `include/linux/cdev.h`, `include/linux/fs.h`, `include/linux/idr.h`.
 
-use super::{bindings, class::Class, mdev, vm::NewVma, wait::WaitQueue};
+use super::{bindings, class::Class, inode::Inode, mdev, vm::NewVma, wait::WaitQueue};
 use core::{
     marker::PhantomData,
     mem::offset_of,
@@ -35,6 +35,9 @@ pub(crate) trait Operations: Sized + Send + Sync + 'static {
 
     /// Performs an ioctl.
     fn ioctl(&self, file: &File, command: u32, argument: UserPtr) -> Result<isize>;
+
+    /// What the mappings of all files of the target belong to. It lives as long as the file.
+    fn inode(&self) -> &Inode;
 
     /// Sets up a mapping.
     fn mmap(&self, vma: &NewVma<'_>) -> Result;
@@ -212,6 +215,12 @@ extern "C" {
     static __this_module: Opaque<u8>;
 }
 
+/// The owner of file operations: `__fput` looks at it after it has given back everything else of
+/// the file's.
+pub(super) const fn this_module() -> *mut bindings::module {
+    (&raw const __this_module).cast_mut().cast()
+}
+
 struct VTable<O>(PhantomData<O>);
 
 impl<O: Operations> VTable<O> {
@@ -223,8 +232,7 @@ impl<O: Operations> VTable<O> {
     };
 
     const FILE_OPERATIONS: &'static bindings::file_operations = &bindings::file_operations {
-        // `__fput` looks at this after it has given back everything else of the file's.
-        owner: (&raw const __this_module).cast_mut().cast(),
+        owner: this_module(),
         open: Some(Self::open),
         release: Some(Self::release),
         unlocked_ioctl: Some(Self::ioctl),
@@ -292,6 +300,9 @@ impl<O: Operations> VTable<O> {
         let target = unsafe { (*inner).target.clone() };
         match O::open(target) {
             Ok(state) => {
+                // SAFETY: The file is being opened, and the state, which goes with its release,
+                // keeps the inode.
+                unsafe { state.inode().adopt(file) };
                 // SAFETY: The file is being opened; nobody reads the field.
                 unsafe { (*file).private_data = state.into_foreign() };
                 0

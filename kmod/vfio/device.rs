@@ -5,7 +5,14 @@
 //!
 //! C header: `include/linux/vfio.h`, `include/uapi/linux/vfio.h`.
 
-use super::{bindings, irq_set::IrqSet, mdev, vm::NewVma};
+use super::{
+    bindings,
+    irq_set::IrqSet,
+    mdev,
+    page::PAGE_SIZE,
+    pins::{Pages, Pins, Report},
+    vm::NewVma, //
+};
 use core::{
     marker::PhantomData,
     mem::size_of,
@@ -105,7 +112,9 @@ pub(crate) trait Operations: Send + Sync + 'static {
     fn mmap(&self, vma: &NewVma<'_>) -> Result;
     /// Asks the client to close the device, for the `count`th time.
     fn request(&self, count: u32);
-    /// The client unmaps a range of IOVAs.
+    /// What is pinned of the client's memory. When the client is gone, so is all of it.
+    fn pins(&self) -> &Arc<Pins>;
+    /// The client unmaps a range of IOVAs, some of which are pinned. They will be unpinned.
     fn dma_unmap(&self, iova: u64, len: u64);
 }
 
@@ -148,6 +157,8 @@ impl<T: Operations> Registration<T> {
         })?;
         // SAFETY: The allocation is an `Inner<T>` which nobody else knows of.
         unsafe { (*vdev.cast::<Inner<T>>()).operations = operations.into_foreign() };
+        // SAFETY: As above, and the operations live for ever.
+        unsafe { (*vdev).log_ops = VTable::<T>::LOG_OPS };
         // SAFETY: Just allocated.
         if let Err(error) = to_result(unsafe { bindings::vfio_register_emulated_iommu_dev(vdev) }) {
             // SAFETY: The only reference; `release` drops the operations.
@@ -291,9 +302,15 @@ impl<T: Operations> VTable<T> {
     /// Only for the C core, as `open` of `struct vfio_device_ops`.
     unsafe extern "C" fn open(vdev: *mut bindings::vfio_device) -> c_int {
         // SAFETY: The core only passes registered devices of this type; likewise below.
-        match unsafe { Self::operations(vdev) }.open() {
-            Ok(()) => 0,
-            Err(error) => error.to_errno(),
+        let operations = unsafe { Self::operations(vdev) };
+        match (operations.open(), NonNull::new(vdev)) {
+            (Ok(()), Some(vdev)) => {
+                // SAFETY: The core calls `close` while the device is still open.
+                unsafe { operations.pins().opened(vdev) };
+                0
+            }
+            (Err(error), _) => error.to_errno(),
+            (Ok(()), None) => EINVAL.to_errno(),
         }
     }
 
@@ -302,7 +319,9 @@ impl<T: Operations> VTable<T> {
     /// Only for the C core, as `close` of `struct vfio_device_ops`.
     unsafe extern "C" fn close(vdev: *mut bindings::vfio_device) {
         // SAFETY: As in `open`.
-        unsafe { Self::operations(vdev) }.close();
+        let operations = unsafe { Self::operations(vdev) };
+        operations.pins().closed();
+        operations.close();
     }
 
     /// # Safety
@@ -410,8 +429,70 @@ impl<T: Operations> VTable<T> {
     /// Only for the C core, as `dma_unmap` of `struct vfio_device_ops`.
     unsafe extern "C" fn dma_unmap(vdev: *mut bindings::vfio_device, iova: u64, len: u64) {
         // SAFETY: As in `open`.
-        unsafe { Self::operations(vdev) }.dma_unmap(iova, len);
+        let operations = unsafe { Self::operations(vdev) };
+        // Rather too much than too little: what stays pinned can't be unmapped.
+        let pages = Pages::of(iova, len).unwrap_or(Pages::ALL);
+        if operations.pins().any(pages) {
+            operations.dma_unmap(iova, len);
+            operations.pins().drop_unmapped(pages);
+        }
     }
+}
+
+/// Logging of DMA: `struct vfio_log_ops`.
+impl<T: Operations> VTable<T> {
+    const LOG_OPS: &'static bindings::vfio_log_ops = &bindings::vfio_log_ops {
+        log_start: Some(Self::log_start),
+        log_stop: Some(Self::log_stop),
+        log_read_and_clear: Some(Self::log_read_and_clear),
+    };
+
+    /// # Safety
+    ///
+    /// Only for the C core, as `log_start` of `struct vfio_log_ops`.
+    unsafe extern "C" fn log_start(
+        vdev: *mut bindings::vfio_device,
+        _ranges: *mut bindings::rb_root_cached,
+        _nnodes: u32,
+        page_size: *mut u64,
+    ) -> c_int {
+        // SAFETY: As in `open`.
+        let operations = unsafe { Self::operations(vdev) };
+        // The client has said what it would like, and is told what it gets.
+        // SAFETY: The core passes a valid pointer.
+        unsafe { *page_size = PAGE_SIZE as u64 };
+        errno(operations.pins().start_log())
+    }
+
+    /// # Safety
+    ///
+    /// Only for the C core, as `log_stop` of `struct vfio_log_ops`.
+    unsafe extern "C" fn log_stop(vdev: *mut bindings::vfio_device) -> c_int {
+        // SAFETY: As in `open`.
+        errno(unsafe { Self::operations(vdev) }.pins().stop_log())
+    }
+
+    /// # Safety
+    ///
+    /// Only for the C core, as `log_read_and_clear` of `struct vfio_log_ops`.
+    unsafe extern "C" fn log_read_and_clear(
+        vdev: *mut bindings::vfio_device,
+        iova: c_ulong,
+        length: c_ulong,
+        dirty: *mut bindings::iova_bitmap,
+    ) -> c_int {
+        // SAFETY: As in `open`.
+        let operations = unsafe { Self::operations(vdev) };
+        // SAFETY: The bitmap is the core's, for this call.
+        let report = unsafe { Report::new(dirty) };
+        let reported = Pages::of(iova as u64, length as u64)
+            .and_then(|pages| operations.pins().report_log(pages, &report));
+        errno(reported)
+    }
+}
+
+fn errno(result: Result) -> c_int {
+    result.map_or_else(|error| error.to_errno(), |()| 0)
 }
 
 /// Performs a read or write at `*position`, and moves it behind what was done.

@@ -2,14 +2,24 @@
 /* C for what Rust can't call: static inlines, macros, and loops over them. */
 #include <linux/cred.h>
 #include <linux/fs.h>
+#include <linux/iommu.h>
 #include <linux/jiffies.h>
 #include <linux/memcontrol.h>
+#include <linux/pagemap.h>
+#include <linux/pseudo_fs.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
+#include <linux/uaccess.h>
 #include <linux/vmalloc.h>
 
 #include "helpers.h"
+
+/* Of statfs; nobody sees it. */
+#define MUSER_FS_MAGIC 0x6d757365
+
+/* iova_bitmap_set() */
+MODULE_IMPORT_NS("IOMMUFD");
 
 void muser_vfio_put_device(struct vfio_device *vdev)
 {
@@ -71,6 +81,134 @@ int muser_map_shared(struct vm_area_struct *vma, void *memory, size_t size)
 			return ret;
 	}
 	return 0;
+}
+
+/* Unpins pages one by one: IOMMUFD unpins only what one call has pinned, and all of that. */
+void muser_unpin(struct vfio_device *vdev, u64 first, size_t count)
+{
+	size_t i;
+
+	for (i = 0; i < count; i++)
+		vfio_unpin_pages(vdev, (first + i) << PAGE_SHIFT, 1);
+}
+
+/* Pins `count` pages one by one, or none. */
+int muser_pin(struct vfio_device *vdev, u64 first, size_t count, bool writable, u64 *frames)
+{
+	int prot = IOMMU_READ | (writable ? IOMMU_WRITE : 0);
+	struct page *page;
+	size_t i;
+	int ret;
+
+	for (i = 0; i < count; i++) {
+		ret = vfio_pin_pages(vdev, (first + i) << PAGE_SHIFT, 1, prot, &page);
+		if (ret != 1) {
+			muser_unpin(vdev, first, i);
+			return ret < 0 ? ret : -EFAULT;
+		}
+		frames[i] = page_to_pfn(page);
+		/* Another device's registers have no address in the kernel. */
+		if (PageReserved(page) && !is_zero_pfn(frames[i])) {
+			muser_unpin(vdev, first, i + 1);
+			return -EFAULT;
+		}
+	}
+	return 0;
+}
+
+/* Returns what was not copied, and changes none of that. Never waits for a page. */
+size_t muser_copy_frame(u64 frame, size_t start, void __user *user, size_t len, bool to_frame)
+{
+	void *at = page_address(pfn_to_page(frame)) + start;
+	size_t missed = len;
+
+	if (!access_ok(user, len))
+		return len;
+	pagefault_disable();
+	if (to_frame)
+		missed = __copy_from_user_inatomic(at, user, len);
+	else
+		missed = __copy_to_user_inatomic(user, at, len);
+	pagefault_enable();
+	return missed;
+}
+
+u64 muser_page_frame(struct page *page)
+{
+	return page_to_pfn(page);
+}
+
+u64 muser_zero_frame(void)
+{
+	return page_to_pfn(ZERO_PAGE(0));
+}
+
+void muser_set_dirty(struct iova_bitmap *bitmap, unsigned long iova, size_t len)
+{
+	iova_bitmap_set(bitmap, iova, len);
+}
+
+void muser_make_window(struct vm_area_struct *vma)
+{
+	vm_flags_set(vma, VM_PFNMAP | VM_IO | VM_DONTEXPAND | VM_DONTDUMP | VM_DONTCOPY);
+}
+
+vm_fault_t muser_show_frame(struct vm_fault *vmf, u64 frame, bool writable)
+{
+	struct vm_area_struct *vma = vmf->vma;
+	pgprot_t prot = writable ? vm_get_page_prot(vma->vm_flags) : vma->vm_page_prot;
+
+	return vmf_insert_pfn_prot(vma, vmf->address, frame, prot);
+}
+
+bool muser_fault_is_remote(const struct vm_fault *vmf)
+{
+	return vmf->flags & FAULT_FLAG_REMOTE;
+}
+
+bool muser_fault_is_write(const struct vm_fault *vmf)
+{
+	return vmf->flags & FAULT_FLAG_WRITE;
+}
+
+u64 muser_fault_frame(const struct vm_fault *vmf)
+{
+	return pte_pfn(vmf->orig_pte);
+}
+
+static int muser_init_fs_context(struct fs_context *fc)
+{
+	return init_pseudo(fc, MUSER_FS_MAGIC) ? 0 : -ENOMEM;
+}
+
+/*
+ * No owner: the mount is the module's own, and lives as long as it is loaded. It
+ * would hold a reference to itself.
+ */
+static struct file_system_type muser_fs_type = {
+	.name = "muser",
+	.init_fs_context = muser_init_fs_context,
+	.kill_sb = kill_anon_super,
+};
+
+struct vfsmount *muser_mount(void)
+{
+	return kern_mount(&muser_fs_type);
+}
+
+struct inode *muser_inode(struct vfsmount *mount)
+{
+	return alloc_anon_inode(mount->mnt_sb);
+}
+
+void muser_adopt(struct file *file, struct inode *inode)
+{
+	file->f_mapping = inode->i_mapping;
+}
+
+void muser_zap(struct inode *inode, u64 offset, u64 len)
+{
+	unmap_mapping_range(inode->i_mapping, offset, len, 1);
 }
 
 void muser_copy(void *to, const void *from, size_t len)

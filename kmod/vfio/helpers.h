@@ -6,17 +6,23 @@
 #ifndef MUSER_HELPERS_H
 #define MUSER_HELPERS_H
 
+#include <linux/anon_inodes.h>
 #include <linux/cdev.h>
 #include <linux/completion.h>
 #include <linux/device.h>
 #include <linux/eventfd.h>
+#include <linux/file.h>
 #include <linux/idr.h>
+#include <linux/iova_bitmap.h>
 #include <linux/mdev.h>
 #include <linux/mm.h>
+#include <linux/mount.h>
 #include <linux/poll.h>
+#include <linux/rwsem.h>
 #include <linux/sched.h>
 #include <linux/vfio.h>
 #include <linux/wait.h>
+#include <linux/xarray.h>
 
 struct mem_cgroup;
 
@@ -40,6 +46,27 @@ void *muser_page_address(struct page *page);
 void *muser_alloc_shared(size_t size);
 void muser_free_shared(void *memory);
 int muser_map_shared(struct vm_area_struct *vma, void *memory, size_t size);
+
+/* pinned pages of a client, by the number of their page frames */
+void muser_unpin(struct vfio_device *vdev, u64 first, size_t count);
+int muser_pin(struct vfio_device *vdev, u64 first, size_t count, bool writable, u64 *frames);
+size_t muser_copy_frame(u64 frame, size_t start, void __user *user, size_t len, bool to_frame);
+u64 muser_page_frame(struct page *page);
+u64 muser_zero_frame(void);
+void muser_set_dirty(struct iova_bitmap *bitmap, unsigned long iova, size_t len);
+
+/* windows which show them */
+void muser_make_window(struct vm_area_struct *vma);
+vm_fault_t muser_show_frame(struct vm_fault *vmf, u64 frame, bool writable);
+bool muser_fault_is_remote(const struct vm_fault *vmf);
+bool muser_fault_is_write(const struct vm_fault *vmf);
+u64 muser_fault_frame(const struct vm_fault *vmf);
+
+/* inodes without a name */
+struct vfsmount *muser_mount(void);
+struct inode *muser_inode(struct vfsmount *mount);
+void muser_adopt(struct file *file, struct inode *inode);
+void muser_zap(struct inode *inode, u64 offset, u64 len);
 
 /* plain copies of memory which others change meanwhile: C allows what Rust does not */
 void muser_copy(void *to, const void *from, size_t len);

@@ -9,15 +9,20 @@ mod bindings;
 
 pub(crate) mod chrdev;
 pub(crate) mod class;
+mod departure;
 pub(crate) mod device;
 pub(crate) mod errno;
 pub(crate) mod eventfd;
+pub(crate) mod inode;
 pub(crate) mod irq_set;
 pub(crate) mod mdev;
 pub(crate) mod page;
+pub(crate) mod pins;
 pub(crate) mod process;
+pub(crate) mod rwlock;
 pub(crate) mod shared;
 pub(crate) mod sysfs;
+pub(crate) mod tree;
 pub(crate) mod vm;
 pub(crate) mod wait;
 

@@ -126,6 +126,12 @@ impl SharedPage {
         }
     }
 
+    /// The number of its page frame.
+    pub(super) fn frame(&self) -> u64 {
+        // SAFETY: The page is alive.
+        unsafe { bindings::muser_page_frame(self.0.as_ptr()) }
+    }
+
     /// Makes zeroes of it.
     pub(crate) fn clear(&self) {
         // SAFETY: The page is alive, and a page long. Who has it mapped may look on.

@@ -86,6 +86,17 @@ impl SharedMemory {
         unsafe { to.write_volatile(value) };
         Ok(())
     }
+
+    /// Stores one long word, at once.
+    pub(crate) fn store_long(&self, offset: usize, value: u64) -> Result {
+        if offset % size_of::<u64>() != 0 {
+            return Err(EINVAL);
+        }
+        let to = self.at(offset, size_of::<u64>())?.cast::<u64>();
+        // SAFETY: Valid and aligned.
+        unsafe { to.write_volatile(value) };
+        Ok(())
+    }
 }
 
 impl Drop for SharedMemory {

@@ -36,6 +36,8 @@ pub fn errno_name(errno: i32) -> String {
         libc::ETIMEDOUT => "ETIMEDOUT",
         libc::ESTALE => "ESTALE",
         libc::ECANCELED => "ECANCELED",
+        libc::EDQUOT => "EDQUOT",
+        libc::ESHUTDOWN => "ESHUTDOWN",
         _ => return format!("errno {errno}"),
     };
     name.to_owned()

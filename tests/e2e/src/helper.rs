@@ -6,13 +6,15 @@ use std::io::Read;
 use std::sync::Arc;
 
 use anyhow::{bail, Context, Result};
+use muser_uapi::{MUSER_DMA_READ, MUSER_DMA_WRITE};
 
 use crate::check::{errno_name, errno_of};
 use crate::mdev::Mdev;
 use crate::node::{Description, Server};
+use crate::rig::{pattern, Guest, BASE};
 use crate::service::{ram, Service};
-use crate::sys;
-use crate::vfio::{Client, Road};
+use crate::sys::{self, Mapping, PAGE};
+use crate::vfio::{Client, Road, DMA_BOTH};
 
 /// Runs as the helper that the arguments name.
 ///
@@ -25,6 +27,11 @@ pub fn run(arguments: &[String]) -> Result<()> {
     match words.as_slice() {
         ["serve", uuid] => serve(uuid),
         ["hold", uuid, count] => hold(uuid, count.parse()?),
+        ["pin", uuid, iova, pages] => pin(uuid, iova.parse()?, pages.parse()?),
+        ["guest", road, uuid, pages, limit] => {
+            let road = Road::from_name(road).with_context(|| format!("no road {road}"))?;
+            guest(road, uuid, pages.parse()?, limit.parse()?)
+        }
         ["client", road, uuid, rest @ ..] => {
             let road = Road::from_name(road).with_context(|| format!("no road {road}"))?;
             client(road, uuid, rest)
@@ -85,6 +92,64 @@ fn client(road: Road, uuid: &str, words: &[&str]) -> Result<()> {
             Ok(())
         }
         _ => bail!("a client can't {words:?}"),
+    }
+}
+
+/// Acquires pages, and writes a word of its own to each by the window: `ready`; then takes requests
+/// and answers none: `unmap IOVA LENGTH` or `request KIND`.
+fn pin(uuid: &str, iova: u64, pages: u64) -> Result<()> {
+    let server = Server::attach(&borrowed(uuid), &Description::pci())?;
+    let length = pages * PAGE as u64;
+    if pages > 0 {
+        let both = MUSER_DMA_READ | MUSER_DMA_WRITE;
+        server.node().dma_acquire(iova, length, both)?;
+        let window = server.node().window(iova, length as usize)?;
+        for page in 0..pages {
+            window.write(page as usize * PAGE, PINNED + page);
+        }
+    }
+    println!("ready");
+    loop {
+        let request = server.take_with(0)?;
+        match request.unmap() {
+            Some(unmap) => println!("unmap {} {}", unmap.iova, unmap.length),
+            None => println!("request {}", request.head.kind),
+        }
+    }
+}
+
+/// What [`pin`] writes to the first page; to the next, one more.
+pub const PINNED: u64 = 0x5EED_0000;
+
+/// A client with memory at [`BASE`]: `mapped` or an errno; then does what its input says, a line
+/// each. With a limit other than 0 it is nobody's, and may lock no more than that many bytes.
+fn guest(road: Road, uuid: &str, pages: usize, limit: u64) -> Result<()> {
+    let client = Client::open(&borrowed(uuid), road)?;
+    let memory = Mapping::anonymous(pages * PAGE)?;
+    memory.fill(pattern(Guest::SEED));
+    if limit != 0 {
+        sys::limit_locked_memory(limit)?;
+        sys::become_user(65534)?;
+    }
+    say("mapped", client.dma_map(&memory, BASE, DMA_BOTH));
+    for line in std::io::stdin().lines() {
+        match line?.as_str() {
+            "unmap" => say("unmapped", client.dma_unmap(BASE, memory.len() as u64)),
+            "unmap all" => say("unmapped", client.dma_unmap_all()),
+            "look" => match memory.differs(pattern(Guest::SEED)) {
+                None => println!("untouched"),
+                Some((offset, found)) => println!("touched {offset:#x} {found:#x}"),
+            },
+            other => bail!("a guest can't {other:?}"),
+        }
+    }
+    Ok(())
+}
+
+fn say<T>(what: &str, result: std::io::Result<T>) {
+    match result {
+        Ok(_) => println!("{what}"),
+        Err(error) => println!("{}", errno_name(errno_of(&error))),
     }
 }
 

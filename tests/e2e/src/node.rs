@@ -2,6 +2,8 @@
 //! A device process on the bare ABI of `/dev/muser/UUID`, without libmuser: so that the tests can
 //! do what the library never would.
 
+mod dma;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,6 +16,8 @@ use crate::check::errno_name;
 use crate::mdev::Mdev;
 use crate::sys::{self, Mapping};
 use crate::vfio;
+
+pub use dma::{Pinning, Unmap};
 
 /// What a device process says when it attaches. Every field can be set wrong.
 #[derive(Clone, Debug)]

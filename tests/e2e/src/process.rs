@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Other processes: sides of a device that a test can kill, and programs whose output it reads.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread::Scope;
@@ -130,6 +130,16 @@ impl Process {
     /// The errno of kill(2).
     pub fn signal(&self, signal: i32) -> Result<()> {
         sys::kill(self.id(), signal).with_context(|| format!("signalling {}", self.name))
+    }
+
+    /// Writes a line to its standard input.
+    ///
+    /// # Errors
+    ///
+    /// The errno of write(2), or that its input was closed.
+    pub fn tell(&mut self, line: &str) -> Result<()> {
+        let input = self.child.stdin.as_mut().context("its input was closed")?;
+        writeln!(input, "{line}").with_context(|| format!("telling {} {line:?}", self.name))
     }
 
     /// Closes its standard input.

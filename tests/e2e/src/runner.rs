@@ -35,6 +35,9 @@ pub(crate) struct Test {
     pub(crate) lacking: fn() -> Option<String>,
     /// How much longer than others it may take.
     pub(crate) patience: u32,
+    /// Whether it pins the client's memory, which [`Road::spoiled_for_dma`] may forbid: the only
+    /// skip there is on a kernel that was built for these tests.
+    pub(crate) pins: bool,
 }
 
 impl Test {
@@ -48,6 +51,20 @@ impl Test {
     pub(crate) fn long(mut self, times: u32) -> Self {
         self.patience = times;
         self
+    }
+
+    /// Says that the test pins the client's memory.
+    pub(crate) fn pinning(mut self) -> Self {
+        self.pins = true;
+        self
+    }
+
+    /// Why the test is not run even though this kernel has all it needs.
+    fn excuse(&self) -> Option<String> {
+        match self.body {
+            Body::On(road, _) | Body::Case(road, _) if self.pins => road.spoiled_for_dma(),
+            _ => None,
+        }
     }
 
     fn reason_to_ignore(&self) -> Option<String> {
@@ -79,12 +96,17 @@ pub(crate) fn run_inner(tests: &[Test], name: &str) -> Result<()> {
 /// The test as libtest-mimic wants it.
 pub(crate) fn trial(test: Test) -> Trial {
     let name = test.name.clone();
-    Trial::ignorable_test(name, move || match test.reason_to_ignore() {
-        Some(reason) if has_everything() => {
-            Err(format!("{reason}, but this kernel was configured to have it").into())
+    Trial::ignorable_test(name, move || {
+        if let Some(excuse) = test.excuse() {
+            return Ok(Completion::ignored_with(excuse));
         }
-        Some(reason) => Ok(Completion::ignored_with(reason)),
-        None => supervise(&test).map(|()| Completion::Completed),
+        match test.reason_to_ignore() {
+            Some(reason) if has_everything() => {
+                Err(format!("{reason}, but this kernel was configured to have it").into())
+            }
+            Some(reason) => Ok(Completion::ignored_with(reason)),
+            None => supervise(&test).map(|()| Completion::Completed),
+        }
     })
 }
 

@@ -183,7 +183,8 @@ fn serve(
     }
 }
 
-/// A handler whose regions are plain memory, of the description's sizes; resets clear it.
+/// A handler whose regions are plain memory, of the description's sizes; resets clear it. It lets go
+/// of what the client unmaps.
 pub fn ram(description: &Description) -> impl Fn(&Request) -> Reply + Send + Sync + use<> {
     let regions: HashMap<u32, Vec<u8>> = description
         .regions
@@ -200,6 +201,9 @@ pub fn ram(description: &Description) -> impl Fn(&Request) -> Reply + Send + Syn
         let mut regions = lock(&regions);
         if head.kind == MUSER_REQUEST_RESET {
             regions.values_mut().for_each(|bytes| bytes.fill(0));
+            return Reply::Done;
+        }
+        if head.kind == MUSER_REQUEST_UNMAP {
             return Reply::Done;
         }
         let start = usize::try_from(head.offset).unwrap_or(usize::MAX);

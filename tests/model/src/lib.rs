@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The parts of `kmod/driver` which need nothing of the kernel: the very files that the module
-//! compiles, checked on the host against simple models and over every short history.
+//! compiles, checked on the host against simple models and in every state within reach.
 
 #![allow(
     dead_code,
@@ -21,5 +21,7 @@ mod queue;
 
 #[cfg(test)]
 mod description_tests;
+#[cfg(test)]
+mod life_tests;
 #[cfg(test)]
 mod queue_tests;

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The queue of requests: single steps, every history of a few steps, and long random ones, each
-//! against a model that keeps a plain list.
+//! The queue of requests: single steps, and long random histories against a model that keeps a plain
+//! list. Every short history is the matter of `life_tests`.
 
-use crate::queue::{Entry, Holder, Id, Queue, ReplyError, Taken, Withdrawn, MAX_REPLAYS};
+use crate::queue::{Entry, Holder, Id, Queue, ReplyError, Taken, Withdrawn};
 use proptest::prelude::*;
 
-const PLACES: usize = 3;
+const MAX_REPLAYS: u32 = 64;
 
 fn queue(places: usize) -> Queue<u32, Vec<Option<Entry<u32>>>> {
-    Queue::new((0..places).map(|_| None).collect())
+    Queue::new((0..places).map(|_| None).collect(), MAX_REPLAYS)
 }
 
 fn holder(owner: u64, slot: u32) -> Holder {
@@ -152,11 +152,71 @@ fn untake_is_no_replay() {
     assert_eq!((again.payload, again.replay), (1, false));
 }
 
+#[test]
+fn barrier_waits_for_what_was_taken_before_it() {
+    let mut queue = queue(4);
+    let before = [queue.push(1).unwrap(), queue.push(2).unwrap()];
+    queue.push_barrier(3).unwrap();
+    queue.push(4).unwrap();
+    queue.take(holder(1, 0)).unwrap();
+    queue.take(holder(1, 1)).unwrap();
+
+    assert_eq!(queue.take(holder(1, 2)), None);
+    queue.reply(before[1], holder(1, 1)).unwrap();
+    assert_eq!(queue.take(holder(1, 2)), None);
+    // Nobody waits for it any more, but the process still works on it.
+    assert_eq!(queue.withdraw(before[0]), Withdrawn::Abandoned);
+    assert!(!queue.is_takable());
+    assert_eq!(
+        queue.reply(before[0], holder(1, 0)),
+        Err(ReplyError::Abandoned)
+    );
+
+    assert!(queue.is_takable());
+    assert_eq!(queue.take(holder(1, 2)).unwrap().payload, 3);
+}
+
+#[test]
+fn nothing_passes_a_taken_barrier() {
+    let mut queue = queue(4);
+    let barrier = queue.push_barrier(1).unwrap();
+    queue.push(2).unwrap();
+    queue.push(3).unwrap();
+    queue.take(holder(1, 0)).unwrap();
+
+    assert!(!queue.is_takable());
+    assert_eq!(queue.take(holder(1, 1)), None);
+    assert_eq!(queue.withdraw(barrier), Withdrawn::Abandoned);
+    assert_eq!(queue.take(holder(1, 1)), None);
+    assert_eq!(
+        queue.reply(barrier, holder(1, 0)),
+        Err(ReplyError::Abandoned)
+    );
+
+    assert_eq!(queue.take(holder(1, 0)).unwrap().payload, 2);
+    assert_eq!(queue.take(holder(1, 1)).unwrap().payload, 3);
+}
+
+#[test]
+fn barrier_whose_client_is_gone_keeps_nothing_back() {
+    let mut queue = queue(3);
+    queue.push(1).unwrap();
+    let barrier = queue.push_barrier(2).unwrap();
+    queue.push(3).unwrap();
+    queue.take(holder(1, 0)).unwrap();
+    assert!(!queue.is_takable());
+
+    assert_eq!(queue.withdraw(barrier), Withdrawn::Removed(2));
+
+    assert_eq!(queue.take(holder(1, 1)).unwrap().payload, 3);
+}
+
 /// A request in the model.
 #[derive(Clone, Debug, PartialEq)]
 struct Model {
     id: Id,
     payload: u32,
+    barrier: bool,
     holder: Option<Holder>,
     abandoned: bool,
     replay: bool,
@@ -165,7 +225,7 @@ struct Model {
 /// One step of a history. Requests are named by how many were made before them.
 #[derive(Clone, Copy, Debug)]
 enum Step {
-    Push,
+    Push { barrier: bool },
     Take { owner: u64 },
     Untake { nth: usize },
     Reply { nth: usize, owner: u64 },
@@ -184,14 +244,18 @@ fn run(steps: &[Step], places: usize) {
     for (number, step) in steps.iter().enumerate() {
         let slot = u32::try_from(number).unwrap();
         match *step {
-            Step::Push => {
-                let pushed = queue.push(slot);
+            Step::Push { barrier } => {
+                let pushed = match barrier {
+                    true => queue.push_barrier(slot),
+                    false => queue.push(slot),
+                };
                 assert_eq!(pushed.is_some(), model.len() < places, "{steps:?}");
                 if let Some(id) = pushed {
                     made.push(id);
                     model.push(Model {
                         id,
                         payload: slot,
+                        barrier,
                         holder: None,
                         abandoned: false,
                         replay: false,
@@ -199,10 +263,14 @@ fn run(steps: &[Step], places: usize) {
                 }
             }
             Step::Take { owner } => {
+                let taken = model.iter().filter(|request| request.holder.is_some());
+                let barrier = taken.clone().any(|request| request.barrier);
+                let taken = taken.count();
                 let oldest = model
                     .iter_mut()
                     .filter(|request| request.holder.is_none())
-                    .min_by_key(|request| request.id);
+                    .min_by_key(|request| request.id)
+                    .filter(|request| !barrier && (taken == 0 || !request.barrier));
                 let expected = oldest.map(|request| {
                     request.holder = Some(holder(owner, slot));
                     Taken {
@@ -308,61 +376,10 @@ fn run(steps: &[Step], places: usize) {
     }
 }
 
-/// The steps that histories are made of: two owners, and the first three requests by name.
-fn alphabet() -> Vec<Step> {
-    let mut steps = vec![Step::Push, Step::Pop];
-    for owner in 1..=2 {
-        steps.push(Step::Take { owner });
-        steps.push(Step::OwnerGone { owner });
-    }
-    for nth in 0..PLACES {
-        steps.push(Step::Untake { nth });
-        steps.push(Step::Withdraw { nth });
-        steps.push(Step::GiveUp { nth });
-        steps.push(Step::Reply { nth, owner: 1 });
-    }
-    steps
-}
-
-/// Every history of so many steps behind three pushes and two takes: all states that three requests
-/// and two owners can be in are within reach.
-#[test]
-fn every_short_history_agrees_with_model() {
-    fn extend(history: &mut Vec<Step>, left: usize, alphabet: &[Step], count: &mut u64) {
-        if left == 0 {
-            run(history, PLACES);
-            *count += 1;
-            return;
-        }
-        for step in alphabet {
-            history.push(*step);
-            extend(history, left - 1, alphabet, count);
-            history.pop();
-        }
-    }
-    let alphabet = alphabet();
-    let mut count = 0;
-
-    for start in [
-        vec![],
-        vec![Step::Push, Step::Push, Step::Push],
-        vec![
-            Step::Push,
-            Step::Push,
-            Step::Push,
-            Step::Take { owner: 1 },
-            Step::Take { owner: 2 },
-        ],
-    ] {
-        extend(&mut start.clone(), 4, &alphabet, &mut count);
-    }
-
-    assert_eq!(count, 3 * (alphabet.len() as u64).pow(4));
-}
-
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        4 => Just(Step::Push),
+        3 => Just(Step::Push { barrier: false }),
+        1 => Just(Step::Push { barrier: true }),
         4 => (1..4u64).prop_map(|owner| Step::Take { owner }),
         1 => (0..60usize).prop_map(|nth| Step::Untake { nth }),
         4 => (0..60usize, 1..4u64).prop_map(|(nth, owner)| Step::Reply { nth, owner }),

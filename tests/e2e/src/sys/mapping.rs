@@ -68,6 +68,34 @@ impl Mapping {
         )
     }
 
+    /// Maps fresh anonymous memory, private, for reading and writing.
+    ///
+    /// # Errors
+    ///
+    /// The errno of mmap(2).
+    pub fn anonymous(len: usize) -> io::Result<Self> {
+        Self::without_file(len, libc::MAP_PRIVATE)
+    }
+
+    /// Maps fresh anonymous memory, for reading and writing, with `MAP_SHARED` or `MAP_PRIVATE` and
+    /// whatever else is in `flags`.
+    ///
+    /// # Errors
+    ///
+    /// The errno of mmap(2).
+    pub fn without_file(len: usize, flags: i32) -> io::Result<Self> {
+        let flags = flags | libc::MAP_ANONYMOUS;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: anonymous, at an address of the kernel's choice.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::other("mapped at 0"))?;
+        // INVARIANT: mmap succeeded with this length.
+        Ok(Self { start, len })
+    }
+
     /// Maps fresh anonymous memory of `len` bytes, a multiple of the page size, and leaves a hole
     /// of a page behind it.
     ///
@@ -75,20 +103,11 @@ impl Mapping {
     ///
     /// The errno of mmap(2) or mprotect(2).
     pub fn with_hole(len: usize) -> io::Result<Self> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: anonymous, at an address of the kernel's choice.
-        let start =
-            unsafe { libc::mmap(std::ptr::null_mut(), len + PAGE, protection, flags, -1, 0) };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let start: NonNull<u8> =
-            NonNull::new(start.cast()).ok_or_else(|| io::Error::other("mapped at 0"))?;
-        // SAFETY: `len` is within what was mapped.
-        let hole = unsafe { start.add(len) };
+        let mut mapping = Self::anonymous(len + PAGE)?;
         // INVARIANT: the first `len` bytes stay mapped; the page behind them is never accessible.
-        let mapping = Self { start, len };
+        mapping.len = len;
+        // SAFETY: `len` is within what was mapped.
+        let hole = unsafe { mapping.start.add(len) };
         // SAFETY: the page was mapped above and nobody knows it.
         result(unsafe { libc::mprotect(hole.as_ptr().cast(), PAGE, libc::PROT_NONE) })?;
         Ok(mapping)
@@ -150,6 +169,44 @@ impl Mapping {
     pub fn write<T: IntoBytes + Immutable>(&self, offset: usize, value: T) {
         // SAFETY: `at` checked bounds and alignment.
         unsafe { self.at::<T>(offset).write_volatile(value) }
+    }
+
+    /// Unmaps a part, in pages, and leaves a hole.
+    ///
+    /// # Errors
+    ///
+    /// The errno of munmap(2) or mmap(2).
+    ///
+    /// # Panics
+    ///
+    /// When it is not within the mapping.
+    pub fn punch(&self, offset: usize, len: usize) -> io::Result<()> {
+        assert!(offset + len <= self.len, "nothing to punch at {offset:#x}");
+        // SAFETY: within the mapping, as just checked.
+        let start = unsafe { self.start.add(offset) };
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        // SAFETY: replaces memory of this mapping by memory without access, so that nothing else
+        // gets the address; accesses through the mapping are raw and may fault.
+        let hole = unsafe { libc::mmap(start.as_ptr().cast(), len, libc::PROT_NONE, flags, -1, 0) };
+        if hole == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Writes to each 8-byte word what `word` says of its offset.
+    pub fn fill(&self, word: impl Fn(usize) -> u64) {
+        for offset in (0..self.len).step_by(8) {
+            self.write(offset, word(offset));
+        }
+    }
+
+    /// The offset of the first 8-byte word which is not what `word` says, and what it is.
+    pub fn differs(&self, word: impl Fn(usize) -> u64) -> Option<(usize, u64)> {
+        (0..self.len).step_by(8).find_map(|offset| {
+            let found = self.read::<u64>(offset);
+            (found != word(offset)).then_some((offset, found))
+        })
     }
 
     /// Copies bytes out.

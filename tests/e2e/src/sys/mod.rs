@@ -2,20 +2,25 @@
 //! The system calls that the standard library lacks, as safe functions: the only `unsafe` of the
 //! tests.
 
+mod dma;
 mod event;
 mod mapping;
+mod memory;
 mod process;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 
-use muser_uapi::{muser_attach, muser_next, muser_query, muser_trigger};
+use iommufd_bindings::{iommu_ioas_map, iommu_ioas_unmap};
+use muser_uapi::{muser_attach, muser_dma, muser_next, muser_query, muser_trigger};
 use vfio_bindings::bindings::vfio as vfio_abi;
 use zerocopy::IntoBytes;
 
+pub use dma::*;
 pub use event::*;
 pub use mapping::*;
+pub use memory::*;
 pub use process::*;
 
 /// A structure that an ioctl takes and returns.
@@ -33,6 +38,8 @@ unsafe impl IoctlArgument for muser_next {}
 unsafe impl IoctlArgument for muser_trigger {}
 // SAFETY: as above.
 unsafe impl IoctlArgument for muser_query {}
+// SAFETY: as above.
+unsafe impl IoctlArgument for muser_dma {}
 // SAFETY: plain integers; `argsz` bounds what the kernel writes.
 unsafe impl IoctlArgument for vfio_abi::vfio_device_info {}
 // SAFETY: as above.
@@ -45,6 +52,13 @@ unsafe impl IoctlArgument for vfio_abi::vfio_group_status {}
 unsafe impl IoctlArgument for vfio_abi::vfio_device_bind_iommufd {}
 // SAFETY: as above.
 unsafe impl IoctlArgument for vfio_abi::vfio_device_attach_iommufd_pt {}
+// SAFETY: plain integers. What the addresses in it lead to is written only through a device, and a
+// client maps nothing but `Mapping`s, whose memory is accessed through raw pointers alone.
+unsafe impl IoctlArgument for vfio_abi::vfio_iommu_type1_dma_map {}
+// SAFETY: as above.
+unsafe impl IoctlArgument for iommu_ioas_map {}
+// SAFETY: plain integers, written as a whole.
+unsafe impl IoctlArgument for iommu_ioas_unmap {}
 // SAFETY: a descriptor passed by pointer, as VFIO_GROUP_SET_CONTAINER takes it.
 unsafe impl IoctlArgument for i32 {}
 

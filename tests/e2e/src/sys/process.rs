@@ -15,6 +15,18 @@ pub fn set_fs_ids(uid: u32, gid: u32) {
     unsafe { libc::setfsuid(uid) };
 }
 
+/// Makes this process another user's, for good and without the rights of root.
+///
+/// # Errors
+///
+/// The errno of setresuid(2).
+pub fn become_user(uid: u32) -> io::Result<()> {
+    // SAFETY: no memory is passed.
+    result(unsafe { libc::setresuid(uid, uid, uid) })?;
+    // SAFETY: as above. What the kernel forgot with the user: /proc/PID is the parent's to read.
+    result(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1, 0, 0, 0) }).map(drop)
+}
+
 /// Sends a signal to a process, or to a process group if negative.
 ///
 /// # Errors

@@ -23,6 +23,7 @@ pub(super) fn tests() -> Vec<Test> {
         body: Body::Case(road, case),
         lacking: || None,
         patience: 1,
+        pins: false,
     };
     cases()
         .flat_map(|case| Road::ALL.map(|road| on_road(case, road)))

@@ -30,6 +30,7 @@ fn open(mdev: &Mdev, road: Road) -> Result<VfioDevice> {
             let iommufd = VfioIommufd::new(Arc::new(iommufd), None, None);
             Arc::new(iommufd.context("allocating an address space")?)
         }
+        Road::Compat => anyhow::bail!("vfio-ioctls does not know this road"),
     };
     VfioDevice::new(&mdev.directory(), ops, true).context("opening the device")
 }

@@ -61,7 +61,41 @@ fn calls() -> Vec<Call> {
         size: size_of::<muser_query>() as u32,
         ..Default::default()
     };
+    let dma = muser_dma {
+        size: size_of::<muser_dma>() as u32,
+        length: 1,
+        ..Default::default()
+    };
+    let acquire = muser_dma {
+        flags: MUSER_DMA_READ,
+        ..dma
+    };
+    let copy = muser_dma_copy {
+        size: size_of::<muser_dma_copy>() as u32,
+        ..Default::default()
+    };
     vec![
+        Call {
+            name: "DMA_ACQUIRE",
+            number: MUSER_DMA_ACQUIRE,
+            argument: acquire.as_bytes().to_vec(),
+            reserved: &[],
+            flags: Some(4),
+        },
+        Call {
+            name: "DMA_RELEASE",
+            number: MUSER_DMA_RELEASE,
+            argument: dma.as_bytes().to_vec(),
+            reserved: &[],
+            flags: Some(4),
+        },
+        Call {
+            name: "DMA_COPY",
+            number: MUSER_DMA_COPY,
+            argument: copy.as_bytes().to_vec(),
+            reserved: &[20],
+            flags: Some(4),
+        },
         Call {
             name: "NEXT",
             number: MUSER_NEXT,
@@ -117,10 +151,13 @@ fn on_each(
     )
 }
 
-/// What a good argument gives: a take without a request in the queue has nothing to give.
+/// What a good argument gives: a take without a request in the queue has nothing to give, and
+/// without a client there is no memory to pin.
 fn accepted(call: &Call, result: std::io::Result<i32>) -> Result<()> {
-    if call.number == MUSER_NEXT {
-        return fails(call.name, result, libc::EAGAIN);
+    match call.number {
+        MUSER_NEXT => return fails(call.name, result, libc::EAGAIN),
+        MUSER_DMA_ACQUIRE => return fails(call.name, result, libc::EFAULT),
+        _ => {}
     }
     works(call.name, result).map(drop)
 }
@@ -327,7 +364,7 @@ fn unknown_number_refused() -> Result<()> {
     let with_size = |nr: u32| nr | 16 << 16 | 3 << 30;
     let tcgets = 0x5401;
     for number in [
-        MUSER_DETACH + 1,
+        MUSER_DOORBELL + 1,
         MUSER_QUERY + 100,
         with_size(MUSER_NEXT),
         tcgets,

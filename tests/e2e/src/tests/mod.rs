@@ -3,9 +3,13 @@
 
 mod attach;
 mod attach_limit;
+mod barrier;
 mod clean;
 mod close;
 mod conformance;
+mod dma;
+mod dma_pins;
+mod dma_window;
 mod gpio;
 mod info;
 mod interop;
@@ -29,8 +33,17 @@ pub(crate) use self::conformance::run_case;
 use crate::runner::{Body, Test};
 use muser_e2e::vfio::Road;
 
-/// Lists the tests of a topic: `once` those that need no road, `roads` those that run on each.
+/// Lists the tests of a topic: `once` those that need no road, `roads` those that run on each of
+/// [`Road::ALL`], `dma` those that pin the client's memory and run on each of [`Road::DMA`].
 macro_rules! topic {
+    ($topic:literal, dma: [$($road:ident),* $(,)?]) => {
+        /// The tests of this topic.
+        pub(super) fn tests() -> Vec<$crate::runner::Test> {
+            let roads: &[(&str, $crate::tests::OnRoad)] =
+                &[$((concat!($topic, "::", stringify!($road)), $road)),*];
+            roads.iter().flat_map(|&(name, run)| $crate::tests::dma_roads(name, run)).collect()
+        }
+    };
     ($topic:literal, once: [$($once:ident),* $(,)?], roads: [$($road:ident),* $(,)?]) => {
         /// The tests of this topic.
         pub(super) fn tests() -> Vec<$crate::runner::Test> {
@@ -57,26 +70,34 @@ fn list(once: &[(&str, Once)], roads: &[(&str, OnRoad)]) -> Vec<Test> {
 }
 
 fn once(name: &str, run: Once) -> Test {
-    Test {
-        name: name.to_owned(),
-        body: Body::Once(run),
-        lacking: || None,
-        patience: 1,
-    }
+    test(name.to_owned(), Body::Once(run))
 }
 
 fn roads(name: &str, run: OnRoad) -> impl Iterator<Item = Test> {
-    Road::ALL.into_iter().map(move |road| Test {
-        name: format!("{name}@{road}"),
-        body: Body::On(road, run),
+    Road::ALL
+        .into_iter()
+        .map(move |road| test(format!("{name}@{road}"), Body::On(road, run)))
+}
+
+fn dma_roads(name: &str, run: OnRoad) -> impl Iterator<Item = Test> {
+    Road::DMA
+        .into_iter()
+        .map(move |road| test(format!("{name}@{road}"), Body::On(road, run)).pinning())
+}
+
+fn test(name: String, body: Body) -> Test {
+    Test {
+        name,
+        body,
         lacking: || None,
         patience: 1,
-    })
+        pins: false,
+    }
 }
 
 /// All tests.
 pub(crate) fn all() -> Vec<Test> {
-    let topics: [fn() -> Vec<Test>; 24] = [
+    let topics: &[fn() -> Vec<Test>] = &[
         module::tests,
         module::long,
         sysfs::tests,
@@ -88,12 +109,18 @@ pub(crate) fn all() -> Vec<Test> {
         vfio_bad::tests,
         request::tests,
         parallel::tests,
+        barrier::tests,
         reply::tests,
         vanish::tests,
         irq::tests,
         irq_bad::tests,
         level::tests,
         memory::tests,
+        dma::tests,
+        dma::huge,
+        dma_window::tests,
+        dma_window::huge,
+        dma_pins::tests,
         close::tests,
         interop::tests,
         conformance::tests,
@@ -102,7 +129,7 @@ pub(crate) fn all() -> Vec<Test> {
         mdevctl::where_installed,
         clean::tests,
     ];
-    topics.into_iter().flat_map(|topic| topic()).collect()
+    topics.iter().flat_map(|topic| topic()).collect()
 }
 
 /// Why a program can't be run: it is not there.

@@ -11,7 +11,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_REGION_INFO_FLAG_CAPS,
 };
 
-use super::{abi, IrqData, IrqSet, Road};
+use super::{abi, AddressSpace, IrqData, IrqSet, Road};
 use crate::mdev::Mdev;
 use crate::sys::{self, EventFd, Mapping};
 
@@ -20,6 +20,8 @@ use crate::sys::{self, EventFd, Mapping};
 pub struct Client {
     /// The device's file, then those that must outlive it.
     files: Vec<File>,
+    /// What its IOVAs lead to. Last: it must outlive the device as well.
+    space: AddressSpace,
 }
 
 /// The answer of `VFIO_DEVICE_GET_REGION_INFO`.
@@ -60,14 +62,47 @@ impl Client {
     ///
     /// The errno of the call that failed.
     pub fn open(mdev: &Mdev, road: Road) -> io::Result<Self> {
-        Ok(Self {
-            files: road.open(mdev)?,
-        })
+        let (files, space) = road.open(mdev)?;
+        Ok(Self { files, space })
     }
 
     /// The device's file.
     pub fn file(&self) -> &File {
         &self.files[0]
+    }
+
+    /// What its IOVAs lead to.
+    pub fn space(&self) -> &AddressSpace {
+        &self.space
+    }
+
+    /// Lets the device reach the whole of `memory` at `iova`: `flags` are [`super::DMA_READ`] and
+    /// [`super::DMA_WRITE`], from the device's side.
+    ///
+    /// # Errors
+    ///
+    /// The errno of the ioctl: those of type1 and of iommufd differ.
+    pub fn dma_map(&self, memory: &Mapping, iova: u64, flags: u32) -> io::Result<()> {
+        self.space.map(memory, 0..memory.len(), iova, flags)
+    }
+
+    /// Unmaps what lies in a range of IOVA; bytes unmapped.
+    ///
+    /// # Errors
+    ///
+    /// The errno of the ioctl. Of a range in which nothing is mapped, iommufd says `ENOENT`, and
+    /// type1 that it unmapped 0 bytes.
+    pub fn dma_unmap(&self, iova: u64, length: u64) -> io::Result<u64> {
+        self.space.unmap(iova, length)
+    }
+
+    /// Unmaps everything; bytes unmapped.
+    ///
+    /// # Errors
+    ///
+    /// The errno of the ioctl.
+    pub fn dma_unmap_all(&self) -> io::Result<u64> {
+        self.space.unmap_all()
     }
 
     /// `VFIO_DEVICE_GET_INFO`.
