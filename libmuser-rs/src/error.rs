@@ -37,6 +37,8 @@ impl Errno {
     pub const EOVERFLOW: Self = Self(libc::EOVERFLOW);
     /// Operation not supported.
     pub const EOPNOTSUPP: Self = Self(libc::EOPNOTSUPP);
+    /// Resource deadlock avoided.
+    pub const EDEADLK: Self = Self(libc::EDEADLK);
     /// The largest number there can be.
     const MAX: i32 = 4095;
 
@@ -97,6 +99,8 @@ pub(crate) enum Kind {
     Refused { errno: Errno, message: String },
     #[error("the device was removed")]
     Removed,
+    #[error("another server takes the device over")]
+    HandedOver,
     #[error("the device panicked: {0}")]
     Panicked(String),
 }
@@ -123,6 +127,7 @@ impl Error {
                 .unwrap_or(Errno::EIO),
             Kind::Model(_) => Errno::EINVAL,
             Kind::Removed => Errno(libc::ENODEV),
+            Kind::HandedOver => Errno(libc::ESHUTDOWN),
             Kind::Panicked(_) => Errno::EIO,
         }
     }
@@ -149,6 +154,12 @@ impl Error {
     #[must_use]
     pub fn is_removed(&self) -> bool {
         matches!(self.0, Kind::Removed)
+    }
+
+    /// Whether another server waits in standby or has taken over, so that this one is done.
+    #[must_use]
+    pub fn is_handed_over(&self) -> bool {
+        matches!(self.0, Kind::HandedOver)
     }
 
     /// Whether the device's code panicked.
@@ -178,6 +189,10 @@ impl Error {
 
     pub(crate) fn removed() -> Self {
         Self(Kind::Removed)
+    }
+
+    pub(crate) fn handed_over() -> Self {
+        Self(Kind::HandedOver)
     }
 
     pub(crate) fn panicked(message: String) -> Self {

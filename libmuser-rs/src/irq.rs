@@ -2,7 +2,7 @@
 //! Interrupts: the handle that a device raises them with.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_bindings::bindings::vfio;
 
@@ -43,10 +43,15 @@ impl Shared {
         }
     }
 
+    /// The function, to look at.
+    pub(crate) fn function(&self) -> MutexGuard<'_, Function> {
+        // The function is pure code: a panic in it left nothing half done that matters.
+        self.function.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Works on the function, and sends the interrupts that come of it.
     pub(crate) fn with<R>(&self, work: impl FnOnce(&mut Function) -> R) -> (R, Result<()>) {
-        // The function is pure code: a panic in it left nothing half done that matters.
-        let mut function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut function = self.function();
         let result = work(&mut function);
         self.gate.set(function.config().mastering());
         let sent = function

@@ -101,7 +101,7 @@ pub mod transport;
 pub use vm_memory;
 
 pub use builder::{PciBuilder, Pin};
-pub use device::{Bus, Device, Reset};
+pub use device::{Bus, Device, Doorbell, Reset, SharedDevice};
 pub use dma::{DirtyLog, Dma, DmaAccess, DmaRange, DmaSlice, DmaSlices, ScatterGather};
 pub use error::{Errno, Error, Result};
 pub use irq::Interrupts;
@@ -109,4 +109,4 @@ pub use memory::SharedMemory;
 pub use model::PciModel;
 pub use pci::{Bar, Express, Msi, Msix, PowerManagement, VendorCapability, VendorExtended};
 pub use region::{Access, Area, AreaKind, Region, RegionInfo, Width};
-pub use server::{Ended, Server, Stop};
+pub use server::{Ended, Moment, Quiesced, Server, SharedServer, Stop};

@@ -10,7 +10,7 @@ use vfio_bindings::bindings::vfio;
 use crate::pci::config::{ConfigSpace, Layout};
 use crate::pci::function::Function;
 use crate::pci::{Bar, Msix};
-use crate::region::{Region, Width};
+use crate::region::{AreaKind, Region, Width};
 use crate::transport::Description;
 
 /// A PCI device as it was declared: complete, consistent and unchangeable.
@@ -34,6 +34,8 @@ pub(crate) enum Claim {
     MsixTable,
     /// The MSI-X pending bits.
     MsixPba,
+    /// The doorbell area which starts there.
+    Doorbell(Region, u64),
     /// The device itself, with registers of this width at most.
     Device(Region, Width),
 }
@@ -95,8 +97,21 @@ impl PciModel {
             let table = (Claim::MsixTable, msix.table, msix.table_size());
             [table, (Claim::MsixPba, msix.pba, msix.pba_size())]
         });
-        for (claim, place, size) in msix.filter(|(_, place, _)| place.bar == number) {
-            let span = place.span(size);
+        let msix = msix
+            .filter(|(_, place, _)| place.bar == number)
+            .map(|(claim, place, size)| (claim, place.span(size)));
+        let areas = self.bars.get(&number).map(|bar| &bar.areas);
+        let doorbells = areas
+            .into_iter()
+            .flatten()
+            .filter(|area| area.kind == AreaKind::Doorbell)
+            .map(|area| {
+                (
+                    Claim::Doorbell(region, area.offset),
+                    area.offset..area.end(),
+                )
+            });
+        for (claim, span) in doorbells.chain(msix) {
             if span.contains(&offset) {
                 return Some((claim, span));
             }

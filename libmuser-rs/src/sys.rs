@@ -11,9 +11,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 
 use muser_uapi::{
-    muser_area, muser_attach, muser_dma, muser_dma_copy, muser_dma_segment, muser_irq, muser_next,
-    muser_region, muser_trigger, MUSER_ATTACH, MUSER_DETACH, MUSER_DMA_ACQUIRE, MUSER_DMA_COPY,
-    MUSER_DMA_COPY_WRITE, MUSER_DMA_RELEASE, MUSER_MAX_SEGMENTS, MUSER_NEXT, MUSER_TRIGGER,
+    muser_area, muser_attach, muser_dma, muser_dma_copy, muser_dma_segment, muser_doorbell,
+    muser_irq, muser_next, muser_region, muser_trigger, MUSER_ATTACH, MUSER_DETACH,
+    MUSER_DMA_ACQUIRE, MUSER_DMA_COPY, MUSER_DMA_COPY_WRITE, MUSER_DMA_RELEASE, MUSER_DOORBELL,
+    MUSER_MAX_SEGMENTS, MUSER_NEXT, MUSER_TRIGGER,
 };
 use nix::errno::Errno;
 use nix::sys::mman::{mmap, munmap, MapFlags, ProtFlags};
@@ -137,6 +138,23 @@ pub(crate) fn next(node: BorrowedFd<'_>, next: &mut muser_next) -> Result<(), Er
 pub(crate) fn detach(node: BorrowedFd<'_>) -> Result<(), Errno> {
     // SAFETY: The ioctl takes no argument.
     unsafe { ioctl(node, MUSER_DETACH, &mut ()) }
+}
+
+/// `MUSER_DOORBELL`: joins an area with an eventfd.
+pub(crate) fn doorbell(
+    node: BorrowedFd<'_>,
+    size: u32,
+    area: u32,
+    event: BorrowedFd<'_>,
+) -> Result<(), Errno> {
+    let mut doorbell = muser_doorbell {
+        size,
+        flags: 0,
+        area,
+        fd: event.as_raw_fd(),
+    };
+    // SAFETY: The ioctl takes a `muser_doorbell`, which has no pointers.
+    unsafe { ioctl(node, MUSER_DOORBELL, &mut doorbell) }
 }
 
 /// `MUSER_TRIGGER`.
