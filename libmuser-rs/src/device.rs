@@ -10,6 +10,7 @@ use crate::irq::Interrupts;
 use crate::memory::SharedMemory;
 use crate::region::{Access, AreaKind, Region};
 use crate::server::gate::{Gate, Quiesced};
+use crate::state::State;
 use crate::transport::AreaMemory;
 
 /// A device: what its registers do.
@@ -184,27 +185,15 @@ pub enum Reset {
 /// A handle: clone it, and use it from any thread.
 #[derive(Clone, Debug)]
 pub struct Bus {
-    interrupts: Interrupts,
-    memory: Arc<[AreaMemory]>,
-    dma: Dma,
-    gate: Arc<Gate>,
+    pub(crate) interrupts: Interrupts,
+    pub(crate) memory: Arc<[AreaMemory]>,
+    pub(crate) dma: Dma,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) state: State,
+    pub(crate) recovered: bool,
 }
 
 impl Bus {
-    pub(crate) fn new(
-        interrupts: Interrupts,
-        memory: Vec<AreaMemory>,
-        dma: Dma,
-        gate: Arc<Gate>,
-    ) -> Self {
-        Self {
-            interrupts,
-            memory: memory.into(),
-            dma,
-            gate,
-        }
-    }
-
     /// The handle that raises the device's interrupts.
     #[must_use]
     pub fn interrupts(&self) -> Interrupts {
@@ -215,6 +204,20 @@ impl Bus {
     #[must_use]
     pub fn dma(&self) -> Dma {
         self.dma.clone()
+    }
+
+    /// The device's own [state](crate::PciBuilder::state), which survives its process.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.state.clone()
+    }
+
+    /// Whether an earlier process served this device, and its state is here: the function's
+    /// configuration space, its interrupts, and [`state`](Self::state). Otherwise the device has just
+    /// been powered on.
+    #[must_use]
+    pub fn is_recovered(&self) -> bool {
+        self.recovered
     }
 
     /// The memory of the [mappable](crate::Bar::mappable) area which starts at `offset` of a BAR.

@@ -37,6 +37,8 @@ impl Errno {
     pub const EOVERFLOW: Self = Self(libc::EOVERFLOW);
     /// Operation not supported.
     pub const EOPNOTSUPP: Self = Self(libc::EOPNOTSUPP);
+    /// No such device.
+    pub const ENODEV: Self = Self(libc::ENODEV);
     /// Resource deadlock avoided.
     pub const EDEADLK: Self = Self(libc::EDEADLK);
     /// The largest number there can be.

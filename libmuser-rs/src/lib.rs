@@ -95,6 +95,7 @@ mod model;
 pub mod pci;
 mod region;
 mod server;
+mod state;
 mod sys;
 pub mod transport;
 
@@ -110,3 +111,4 @@ pub use model::PciModel;
 pub use pci::{Bar, Express, Msi, Msix, PowerManagement, VendorCapability, VendorExtended};
 pub use region::{Access, Area, AreaKind, Region, RegionInfo, Width};
 pub use server::{Ended, Moment, Quiesced, Server, SharedServer, Stop};
+pub use state::State;

@@ -11,6 +11,7 @@ use crate::pci::config::{ConfigSpace, Layout};
 use crate::pci::function::Function;
 use crate::pci::{Bar, Msix};
 use crate::region::{AreaKind, Region, Width};
+use crate::state::Parts;
 use crate::transport::Description;
 
 /// A PCI device as it was declared: complete, consistent and unchangeable.
@@ -21,6 +22,8 @@ pub struct PciModel {
     pub(crate) bars: BTreeMap<u8, Bar>,
     pub(crate) msix: Option<Msix>,
     pub(crate) rom: Option<Vec<u8>>,
+    /// Bytes that the device itself keeps beyond the life of its process.
+    pub(crate) state: usize,
 }
 
 /// What answers at some place of a region.
@@ -76,6 +79,16 @@ impl PciModel {
     pub(crate) fn function(&self) -> Function {
         let msix_vectors = self.msix.map(|msix| msix.vectors);
         Function::new(self.config_space(), msix_vectors, self.vectors())
+    }
+
+    /// What is kept beyond the life of the process: the author's state, and that of the function,
+    /// of which `image` is one.
+    pub(crate) fn parts(&self, image: &[u8]) -> Parts {
+        Parts {
+            library: image.len(),
+            author: self.state,
+            fingerprint: self.layout.fingerprint(),
+        }
     }
 
     pub(crate) fn rom(&self) -> &[u8] {

@@ -9,7 +9,9 @@ use crate::device::Bus;
 use crate::dma::Dma;
 use crate::error::{Error, Result};
 use crate::irq::{Interrupts, Shared};
+use crate::memory::SharedMemory;
 use crate::model::PciModel;
+use crate::state::{State, Store};
 use crate::transport::{AttachOptions, Transport};
 
 use super::gate::Gate;
@@ -32,13 +34,38 @@ impl Core {
         mut transport: impl Transport + 'static,
         options: &AttachOptions,
     ) -> Result<Self> {
-        let attachment = transport.attach(model.description(), options)?;
-        let shared = Arc::new(Shared::new(model.function(), attachment.trigger));
+        let mut function = model.function();
+        let mut image = Vec::new();
+        function.save(&mut image);
+        let parts = model.parts(&image);
+        let options = AttachOptions {
+            state_size: parts.size(),
+            ..*options
+        };
+        let attachment = transport.attach(model.description(), &options)?;
+        let memory = match attachment.state {
+            Some(memory) => memory,
+            None => SharedMemory::anonymous(parts.size())?,
+        };
+        let (store, recovered) = Store::open(memory, parts, &image)?;
+        if recovered {
+            log::debug!("the state of an earlier process is recovered");
+            function.restore(&store.library());
+        }
+        let store = Arc::new(store);
+        let shared = Shared::new(function, attachment.trigger, Arc::clone(&store));
+        let shared = Arc::new(shared);
         shared.settle(model.description())?;
         let interrupts = Interrupts::new(Arc::clone(&shared), model.vectors(), model.is_express());
         let gate = Arc::new(Gate::default());
-        let dma = Dma::new(attachment.dma, shared.gate());
-        let bus = Bus::new(interrupts, attachment.memory, dma, Arc::clone(&gate));
+        let bus = Bus {
+            interrupts,
+            memory: attachment.memory.into(),
+            dma: Dma::new(attachment.dma, shared.gate()),
+            gate: Arc::clone(&gate),
+            state: State::new(store),
+            recovered,
+        };
         Ok(Self {
             transport: Box::new(transport),
             model,
@@ -50,8 +77,9 @@ impl Core {
         })
     }
 
-    /// Ends the attachment.
+    /// Ends the attachment. What the device does from now on is no concern of its client.
     pub(super) fn detach(&self) {
+        self.shared.store().seal();
         self.transport.detach();
     }
 
@@ -65,6 +93,13 @@ impl Core {
             Some(message) => Err(Error::panicked(message.clone())),
             None => Ok(()),
         }
+    }
+}
+
+/// The attachment ends here, whatever handles the device has given away.
+impl Drop for Core {
+    fn drop(&mut self) {
+        self.detach();
     }
 }
 

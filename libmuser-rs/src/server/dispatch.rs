@@ -9,7 +9,10 @@ use super::gate::Passage;
 use crate::device::{Device, Doorbell, Reset};
 use crate::error::{Errno, Result};
 use crate::model::Claim;
+use crate::pci::function::Function;
+use crate::pci::Effects;
 use crate::region::{split, Access, Region, Width};
+use crate::state::Key;
 use crate::transport::{Operation, Reply, Request, Take};
 
 /// A thread of a server: it takes requests, and has them answered.
@@ -27,7 +30,12 @@ impl<'a, D: Device + ?Sized> Worker<'a, D> {
 
     /// Replies and takes.
     pub(super) fn turn(&mut self, reply: Option<Reply>, take: Take) -> Result<Option<Request>> {
-        self.core.transport.turn(reply, take, self.data)
+        let replied = reply.map(|reply| reply.token.request());
+        let taken = self.core.transport.turn(reply, take, self.data);
+        if let (Some(request), Ok(_)) = (replied, &taken) {
+            self.core.shared.store().ended(request);
+        }
+        taken
     }
 
     /// Has a request answered: the result, whose data is in the buffer.
@@ -133,7 +141,7 @@ impl<'a, D: Device + ?Sized> Worker<'a, D> {
                     let accesses = split(place.start, part.len(), width);
                     self.access_device(accesses, region, request, part, write)
                 }
-                (_, true) => self.write_claimed(claim, place, part),
+                (_, true) => self.write_claimed(request, claim, place, part),
                 (_, false) => self.read_claimed(claim, place, part),
             };
             at = stop;
@@ -151,7 +159,8 @@ impl<'a, D: Device + ?Sized> Worker<'a, D> {
         write: bool,
     ) -> Result<(), Errno> {
         // PCI PM 1.2, 5.4.1: in D3hot, a function answers in configuration space only.
-        if !self.core.shared.function().config().is_powered() {
+        let shared = &self.core.shared;
+        if !shared.look(|function| function.config().is_powered()) {
             log::debug!("{region}: the function is in D3hot and does not answer");
             if !write {
                 data.fill(0xff);
@@ -193,11 +202,11 @@ impl<'a, D: Device + ?Sized> Worker<'a, D> {
 
     fn read_claimed(&self, claim: Claim, place: Place, data: &mut [u8]) -> Result<(), Errno> {
         let at = place.claimed;
-        let function = self.core.shared.function();
+        let shared = &self.core.shared;
         match claim {
-            Claim::Config => function.config().read(at, data),
-            Claim::MsixTable => function.read_msix_table(at, data),
-            Claim::MsixPba => function.read_msix_pba(at, data),
+            Claim::Config => shared.look(|function| function.config().read(at, data)),
+            Claim::MsixTable => shared.look(|function| function.read_msix_table(at, data)),
+            Claim::MsixPba => shared.look(|function| function.read_msix_pba(at, data)),
             Claim::Rom => data.copy_from_slice(&self.core.model.rom()[at..at + data.len()]),
             Claim::Doorbell(region, start) => {
                 let doorbell = self.doorbell(region, start)?;
@@ -209,15 +218,24 @@ impl<'a, D: Device + ?Sized> Worker<'a, D> {
         Ok(())
     }
 
-    fn write_claimed(&mut self, claim: Claim, place: Place, data: &[u8]) -> Result<(), Errno> {
+    fn write_claimed(
+        &mut self,
+        request: Request,
+        claim: Claim,
+        place: Place,
+        data: &[u8],
+    ) -> Result<(), Errno> {
         let at = place.claimed;
         match claim {
             Claim::Config => {
-                let (effects, sent) = self
-                    .core
-                    .shared
-                    .with(|function| function.write_config(at, data));
+                // What the write made of configuration space is done once; the reset that it asks
+                // for may have been cut short, and is done again.
+                let index = Region::Config.index();
+                let key = Key::new(request.token.request(), index, place.start);
+                let write = |function: &mut Function| function.write_config(at, data).bits();
+                let (effects, sent) = self.core.shared.once(key, write);
                 log_unsent(sent);
+                let effects = Effects::from_bits(effects);
                 if effects.function_level_reset {
                     self.reset_device(Reset::FunctionLevel)?;
                 } else if effects.power_up_reset {

@@ -68,11 +68,6 @@ impl Stop {
         let mut death = death.unwrap_or_else(PoisonError::into_inner);
         death.take_if(|at| *at == moment).is_some()
     }
-
-    /// The descriptor which is readable once it was used.
-    pub(crate) fn event(&self) -> &EventFd {
-        &self.inner.event
-    }
 }
 
 impl AsFd for Stop {
