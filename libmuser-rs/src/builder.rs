@@ -58,6 +58,7 @@ pub struct PciBuilder {
     rom: Option<Vec<u8>>,
     capabilities: Vec<Capability>,
     extended: Vec<Extended>,
+    state: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -89,6 +90,7 @@ impl PciBuilder {
             rom: None,
             capabilities,
             extended,
+            state: 0,
         }
     }
 
@@ -179,6 +181,17 @@ impl PciBuilder {
         self
     }
 
+    /// Gives the device this many bytes of state that survives its process: see
+    /// [`Bus::state`](crate::Bus::state). The transport bounds them: `muser.ko` by the device's
+    /// attribute `max_state`, which also counts a few dozen KiB of the library's own.
+    #[must_use]
+    pub fn state(self, bytes: usize) -> Self {
+        Self {
+            state: bytes,
+            ..self
+        }
+    }
+
     fn capability(mut self, capability: Capability) -> Self {
         self.capabilities.push(capability);
         self
@@ -204,6 +217,7 @@ impl PciBuilder {
             bars,
             msix,
             rom,
+            state: self.state,
         })
     }
 

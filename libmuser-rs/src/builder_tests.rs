@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::model::Claim;
-use crate::region::Width;
+use crate::region::{AreaKind, Width};
 
 fn fault(builder: PciBuilder) -> String {
     let error = builder.build().unwrap_err();
@@ -245,7 +245,11 @@ fn description_has_regions_and_interrupts() {
     let regions = description.regions.iter();
     let regions: Vec<_> = regions.map(|region| (region.index, region.size)).collect();
     assert_eq!(regions, [(4, 0x4000), (6, 2048), (7, 4096)]);
-    let areas = [Area::mappable(0, 0x1000), Area::mappable(0x2000, 0x1000)];
+    let areas = [0, 0x2000].map(|offset| Area {
+        offset,
+        size: 0x1000,
+        kind: AreaKind::Mappable,
+    });
     assert_eq!(description.regions[0].areas, areas);
     assert!(!description.regions[1].writable);
     let irqs: Vec<_> = description

@@ -122,7 +122,11 @@ impl Options {
                 log::info!("{name}: the device was removed");
                 ExitCode::SUCCESS
             }
-            Ok(Ended::Stopped) => ExitCode::SUCCESS,
+            Ok(Ended::HandedOver) => {
+                log::info!("{name}: another process serves the device now");
+                ExitCode::SUCCESS
+            }
+            Ok(Ended::Stopped | Ended::Abandoned) => ExitCode::SUCCESS,
             Err(error) => {
                 log::error!("{name}: {error}");
                 EXIT_FAILED.into()

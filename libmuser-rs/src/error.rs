@@ -31,8 +31,16 @@ impl Errno {
     pub const ENOMEM: Self = Self(libc::ENOMEM);
     /// No space left on device.
     pub const ENOSPC: Self = Self(libc::ENOSPC);
+    /// Bad address: memory that the client has not mapped.
+    pub const EFAULT: Self = Self(libc::EFAULT);
+    /// Value too large: a range which ends beyond what an address can say.
+    pub const EOVERFLOW: Self = Self(libc::EOVERFLOW);
     /// Operation not supported.
     pub const EOPNOTSUPP: Self = Self(libc::EOPNOTSUPP);
+    /// No such device.
+    pub const ENODEV: Self = Self(libc::ENODEV);
+    /// Resource deadlock avoided.
+    pub const EDEADLK: Self = Self(libc::EDEADLK);
     /// The largest number there can be.
     const MAX: i32 = 4095;
 
@@ -93,6 +101,8 @@ pub(crate) enum Kind {
     Refused { errno: Errno, message: String },
     #[error("the device was removed")]
     Removed,
+    #[error("another server takes the device over")]
+    HandedOver,
     #[error("the device panicked: {0}")]
     Panicked(String),
 }
@@ -119,6 +129,7 @@ impl Error {
                 .unwrap_or(Errno::EIO),
             Kind::Model(_) => Errno::EINVAL,
             Kind::Removed => Errno(libc::ENODEV),
+            Kind::HandedOver => Errno(libc::ESHUTDOWN),
             Kind::Panicked(_) => Errno::EIO,
         }
     }
@@ -145,6 +156,12 @@ impl Error {
     #[must_use]
     pub fn is_removed(&self) -> bool {
         matches!(self.0, Kind::Removed)
+    }
+
+    /// Whether another server waits in standby or has taken over, so that this one is done.
+    #[must_use]
+    pub fn is_handed_over(&self) -> bool {
+        matches!(self.0, Kind::HandedOver)
     }
 
     /// Whether the device's code panicked.
@@ -174,6 +191,10 @@ impl Error {
 
     pub(crate) fn removed() -> Self {
         Self(Kind::Removed)
+    }
+
+    pub(crate) fn handed_over() -> Self {
+        Self(Kind::HandedOver)
     }
 
     pub(crate) fn panicked(message: String) -> Self {

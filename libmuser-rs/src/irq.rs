@@ -2,52 +2,119 @@
 //! Interrupts: the handle that a device raises them with.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_bindings::bindings::vfio;
 
+use crate::dma::Gate;
 use crate::error::{Errno, Error, Result};
 use crate::pci::function::{Eventfds, Function, Signal};
+use crate::state::{Key, Store};
 use crate::transport::{Description, Trigger};
 
 /// A function and the way out for its interrupts, shared by the server and interrupt handles.
 ///
 /// Interrupts leave under the lock, so that a line which goes up and down in two threads ends up
-/// where the function has it.
+/// where the function has it. They leave before the state is saved in which they have left: a kill
+/// between the two doubles an interrupt, and loses none.
 pub(crate) struct Shared {
-    function: Mutex<Function>,
+    function: Mutex<Saved>,
     trigger: Arc<dyn Trigger>,
+    /// Whether the function lets the device reach the client's memory.
+    gate: Arc<Gate>,
+    store: Arc<Store>,
+}
+
+/// A function and the room to save it in.
+struct Saved {
+    function: Function,
+    image: Vec<u8>,
 }
 
 impl Shared {
-    pub(crate) fn new(function: Function, trigger: Arc<dyn Trigger>) -> Self {
+    pub(crate) fn new(function: Function, trigger: Arc<dyn Trigger>, store: Arc<Store>) -> Self {
+        let image = Vec::new();
         Self {
-            function: Mutex::new(function),
+            gate: Arc::new(Gate::new(function.config().mastering())),
+            function: Mutex::new(Saved { function, image }),
             trigger,
+            store,
         }
     }
 
-    /// Lowers the line, which a process before this one may have left up.
+    pub(crate) fn gate(&self) -> Arc<Gate> {
+        Arc::clone(&self.gate)
+    }
+
+    /// Puts the line where the function has it: a process before this one may have left it
+    /// elsewhere. Sends what it left to be sent.
     pub(crate) fn settle(&self, description: &Description) -> Result<()> {
-        match description.irq(vfio::VFIO_PCI_INTX_IRQ_INDEX) {
-            Some(_) => self.send(Signal::Line(false)),
-            None => Ok(()),
+        if description.irq(vfio::VFIO_PCI_INTX_IRQ_INDEX).is_some() {
+            let saved = self.lock();
+            self.send(Signal::Line(saved.function.line()))?;
         }
+        self.with(|_| ()).1
+    }
+
+    /// Looks at the function.
+    pub(crate) fn look<R>(&self, look: impl FnOnce(&Function) -> R) -> R {
+        look(&self.lock().function)
+    }
+
+    /// Where state is saved.
+    pub(crate) fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Saved> {
+        // The function is pure code: a panic in it left nothing half done that matters.
+        self.function.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Works on the function, and sends the interrupts that come of it.
     pub(crate) fn with<R>(&self, work: impl FnOnce(&mut Function) -> R) -> (R, Result<()>) {
-        // The function is pure code: a panic in it left nothing half done that matters.
-        let mut function = self.function.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = work(&mut function);
+        self.work(&mut self.lock(), |function| (work(function), None))
+    }
+
+    /// Works on the function once: what is done already is not done again, but has the result that
+    /// it had then.
+    pub(crate) fn once(
+        &self,
+        key: Key,
+        work: impl FnOnce(&mut Function) -> u64,
+    ) -> (u64, Result<()>) {
+        let mut saved = self.lock();
+        if let Some(result) = self.store.done(key) {
+            return (result, Ok(()));
+        }
+        self.work(&mut saved, |function| {
+            let result = work(function);
+            (result, Some((key, result)))
+        })
+    }
+
+    fn work<R>(
+        &self,
+        saved: &mut Saved,
+        work: impl FnOnce(&mut Function) -> (R, Option<(Key, u64)>),
+    ) -> (R, Result<()>) {
+        let Saved { function, image } = saved;
+        let (result, done) = work(function);
+        self.gate.set(function.config().mastering());
         let sent = function
             .take_signals()
             .map(|signal| self.send(signal))
             .fold(Ok(()), Result::and);
-        (result, sent)
+        image.clear();
+        function.save(image);
+        (result, sent.and(self.store.save_library(image, done)))
     }
 
     fn send(&self, signal: Signal) -> Result<()> {
+        if self.store.is_sealed() {
+            let message = "the server has ended, and the device's interrupts are another's";
+            return Err(Error::new(Errno::ENODEV, message));
+        }
         match signal {
             Signal::Line(true) => self.trigger.raise(vfio::VFIO_PCI_INTX_IRQ_INDEX, 0),
             Signal::Line(false) => self.trigger.lower(vfio::VFIO_PCI_INTX_IRQ_INDEX, 0),

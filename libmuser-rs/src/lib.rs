@@ -65,7 +65,7 @@
 //! # Threads
 //!
 //! A server calls its device from the thread that runs it, one call at a time. The handles that a
-//! [`Bus`] gives out ([`Interrupts`], [`SharedMemory`]) work from any thread.
+//! [`Bus`] gives out ([`Interrupts`], [`SharedMemory`], [`Dma`]) work from any thread.
 //!
 //! # What the library does for a device
 //!
@@ -73,6 +73,7 @@
 //!   power states, function level reset ([`pci`]).
 //! - MSI-X with its table and pending bits, MSI, the interrupt line ([`Interrupts`]).
 //! - The expansion ROM, and memory shared with the client ([`SharedMemory`]).
+//! - The client's memory by IOVA, in place or copied, checked at each use ([`Dma`]).
 //! - Accesses of any size and alignment, cut into typed ones ([`Access`]).
 //! - Errors, which become the client's errno and a line in the log ([`Error`]).
 //!
@@ -86,6 +87,7 @@ mod builder;
 #[cfg(feature = "cli")]
 pub mod cli;
 mod device;
+mod dma;
 mod error;
 mod irq;
 mod memory;
@@ -93,17 +95,20 @@ mod model;
 pub mod pci;
 mod region;
 mod server;
+mod state;
 mod sys;
 pub mod transport;
 
 pub use vm_memory;
 
 pub use builder::{PciBuilder, Pin};
-pub use device::{Bus, Device, Reset};
+pub use device::{Bus, Device, Doorbell, Reset, SharedDevice};
+pub use dma::{DirtyLog, Dma, DmaAccess, DmaRange, DmaSlice, DmaSlices, ScatterGather};
 pub use error::{Errno, Error, Result};
 pub use irq::Interrupts;
 pub use memory::SharedMemory;
 pub use model::PciModel;
 pub use pci::{Bar, Express, Msi, Msix, PowerManagement, VendorCapability, VendorExtended};
 pub use region::{Access, Area, AreaKind, Region, RegionInfo, Width};
-pub use server::{Ended, Server, Stop};
+pub use server::{Ended, Moment, Quiesced, Server, SharedServer, Stop};
+pub use state::State;

@@ -4,8 +4,12 @@
 //! The client can change it at any time, between any two bytes. So there is never a `&[u8]` to it:
 //! accesses are volatile copies, or atomic, with the types of [`vm_memory`].
 
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use nix::errno::Errno as Number;
+use nix::sys::memfd::{memfd_create, MFdFlags};
 use vm_memory::{AtomicAccess, ByteValued, Bytes, VolatileSlice};
 
 use crate::error::{Errno, Error, Result};
@@ -17,26 +21,51 @@ use crate::sys::Mapping;
 #[derive(Clone, Debug)]
 pub struct SharedMemory {
     mapping: Arc<Mapping>,
+    /// Where it is in the mapping, which has whole pages.
+    start: usize,
+    len: usize,
 }
 
 impl SharedMemory {
     pub(crate) fn new(mapping: Mapping) -> Self {
+        let len = mapping.len();
+        Self::part(mapping, 0, len)
+    }
+
+    /// `len` bytes from `start` of a mapping on, which has as many.
+    pub(crate) fn part(mapping: Mapping, start: usize, len: usize) -> Self {
         Self {
             mapping: Arc::new(mapping),
+            start,
+            len,
         }
+    }
+
+    /// Memory of this process, zeroed.
+    pub(crate) fn anonymous(len: usize) -> Result<Self> {
+        let failed = |errno: Number| Error::io("allocating shared memory", errno);
+        let file = File::from(memfd_create("muser", MFdFlags::MFD_CLOEXEC).map_err(failed)?);
+        file.set_len(len as u64)
+            .map_err(|error| Error::io("allocating shared memory", error))?;
+        let mapping = Mapping::new(file.as_fd(), 0, len, true).map_err(failed)?;
+        Ok(Self::new(mapping))
     }
 
     /// Bytes.
     #[must_use]
-    #[expect(clippy::len_without_is_empty, reason = "an area has at least a page")]
+    #[expect(clippy::len_without_is_empty, reason = "an area is never empty")]
     pub fn len(&self) -> usize {
-        self.mapping.len()
+        self.len
     }
 
     /// The memory as a whole.
     #[must_use]
     pub fn slice(&self) -> VolatileSlice<'_> {
-        self.mapping.slice()
+        let whole = self.mapping.slice();
+        // It lies in the mapping; a slice of nothing would show if it did not.
+        whole
+            .subslice(self.start, self.len)
+            .unwrap_or_else(|_| whole.subslice(0, 0).unwrap_or(whole))
     }
 
     /// Reads a value.

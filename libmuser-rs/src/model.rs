@@ -10,7 +10,8 @@ use vfio_bindings::bindings::vfio;
 use crate::pci::config::{ConfigSpace, Layout};
 use crate::pci::function::Function;
 use crate::pci::{Bar, Msix};
-use crate::region::{Region, Width};
+use crate::region::{AreaKind, Region, Width};
+use crate::state::Parts;
 use crate::transport::Description;
 
 /// A PCI device as it was declared: complete, consistent and unchangeable.
@@ -21,6 +22,8 @@ pub struct PciModel {
     pub(crate) bars: BTreeMap<u8, Bar>,
     pub(crate) msix: Option<Msix>,
     pub(crate) rom: Option<Vec<u8>>,
+    /// Bytes that the device itself keeps beyond the life of its process.
+    pub(crate) state: usize,
 }
 
 /// What answers at some place of a region.
@@ -34,6 +37,8 @@ pub(crate) enum Claim {
     MsixTable,
     /// The MSI-X pending bits.
     MsixPba,
+    /// The doorbell area which starts there.
+    Doorbell(Region, u64),
     /// The device itself, with registers of this width at most.
     Device(Region, Width),
 }
@@ -76,6 +81,16 @@ impl PciModel {
         Function::new(self.config_space(), msix_vectors, self.vectors())
     }
 
+    /// What is kept beyond the life of the process: the author's state, and that of the function,
+    /// of which `image` is one.
+    pub(crate) fn parts(&self, image: &[u8]) -> Parts {
+        Parts {
+            library: image.len(),
+            author: self.state,
+            fingerprint: self.layout.fingerprint(),
+        }
+    }
+
     pub(crate) fn rom(&self) -> &[u8] {
         self.rom.as_deref().unwrap_or_default()
     }
@@ -95,8 +110,21 @@ impl PciModel {
             let table = (Claim::MsixTable, msix.table, msix.table_size());
             [table, (Claim::MsixPba, msix.pba, msix.pba_size())]
         });
-        for (claim, place, size) in msix.filter(|(_, place, _)| place.bar == number) {
-            let span = place.span(size);
+        let msix = msix
+            .filter(|(_, place, _)| place.bar == number)
+            .map(|(claim, place, size)| (claim, place.span(size)));
+        let areas = self.bars.get(&number).map(|bar| &bar.areas);
+        let doorbells = areas
+            .into_iter()
+            .flatten()
+            .filter(|area| area.kind == AreaKind::Doorbell)
+            .map(|area| {
+                (
+                    Claim::Doorbell(region, area.offset),
+                    area.offset..area.end(),
+                )
+            });
+        for (claim, span) in doorbells.chain(msix) {
             if span.contains(&offset) {
                 return Some((claim, span));
             }

@@ -6,6 +6,8 @@ use std::iter::FusedIterator;
 
 use vfio_bindings::bindings::vfio;
 
+use crate::transport::RequestId;
+
 /// Part of a device which a client can address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -101,6 +103,8 @@ pub struct Access {
     pub offset: u64,
     /// How many bytes.
     pub width: Width,
+    /// The client's request that the access is part of; a replay has the same.
+    pub request: RequestId,
     /// Whether an earlier process took this access and went away before it had answered: what the
     /// access does may be done already.
     pub replay: bool,
@@ -114,6 +118,7 @@ impl Access {
             region,
             offset,
             width,
+            request: RequestId::NONE,
             replay: false,
         }
     }
@@ -191,29 +196,23 @@ impl FusedIterator for Split {}
 pub enum AreaKind {
     /// Memory which client and device share, and may map.
     Mappable,
+    /// Registers whose writes the client does not wait for: a [`Doorbell`](crate::Doorbell).
+    Doorbell,
 }
 
 /// Part of a region which does not behave like the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Area {
-    /// Bytes from the region's start; a multiple of the page size.
+    /// Bytes from the region's start: a multiple of the page size; of a doorbell, of 4.
     pub offset: u64,
-    /// Bytes; a multiple of the page size.
+    /// Bytes, a multiple of the same.
     pub size: u64,
     /// What is special.
     pub kind: AreaKind,
 }
 
 impl Area {
-    pub(crate) const fn mappable(offset: u64, size: u64) -> Self {
-        Self {
-            offset,
-            size,
-            kind: AreaKind::Mappable,
-        }
-    }
-
     /// The offset behind the area's last byte.
     #[must_use]
     pub const fn end(&self) -> u64 {

@@ -5,19 +5,23 @@ use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use nix::errno::Errno as Number;
-use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
-use nix::sys::eventfd::{EfdFlags, EventFd};
-
-use crate::device::{Bus, Device};
+use crate::device::{Bus, Device, SharedDevice};
 use crate::error::{Error, Result};
-use crate::irq::{Interrupts, Shared};
 use crate::model::PciModel;
-use crate::transport::{Reply, Request, Take, Transport};
+use crate::transport::{AttachOptions, Take, Transport};
 
+mod core;
 mod dispatch;
+pub(crate) mod gate;
+mod run;
+mod stop;
 
-use dispatch::Failures;
+pub use gate::Quiesced;
+pub use stop::{Moment, Stop};
+
+use self::core::Core;
+use dispatch::Worker;
+use run::Run;
 
 /// Why a server ended without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,29 +31,28 @@ pub enum Ended {
     Removed,
     /// Its [`Stop`] handle was used.
     Stopped,
+    /// Another server, which waited in [standby](AttachOptions::standby), has the device now.
+    HandedOver,
+    /// It was to die at a certain [moment](Stop::die_at).
+    Abandoned,
 }
 
-/// Serves a device to the clients of a transport.
+/// Serves a [`Device`] to the clients of a transport.
 ///
 /// Every way to run it is the same loop: [`run`](Self::run) until the end,
-/// [`run_until`](Self::run_until) somebody stops it, or in the caller's own loop, which waits for
-/// the file descriptor ([`AsFd`]) to become readable, by `epoll` for instance, and calls
-/// [`process`](Self::process).
+/// [`run_until`](Self::run_until) somebody stops it, in a [`Poller`](crate::Poller) together with
+/// others, or in the caller's own loop, which waits for the file descriptor ([`AsFd`]) to become
+/// readable, by `epoll` for instance, and calls [`process`](Self::process).
 ///
 /// # Threads
 ///
 /// A server can be moved to another thread, if the device can. It calls the device in the thread
-/// that runs it, one call at a time.
+/// that runs it, one call at a time. To serve a device with several threads, see [`SharedServer`].
 pub struct Server<D> {
-    transport: Box<dyn Transport>,
-    model: PciModel,
-    shared: Arc<Shared>,
+    core: Core,
     device: D,
     /// Data of the request at hand, then of its reply.
     data: Vec<u8>,
-    /// What the device panicked with: it is not called again.
-    panicked: Option<String>,
-    failures: Failures,
 }
 
 impl<D: Device> Server<D> {
@@ -61,57 +64,61 @@ impl<D: Device> Server<D> {
     /// before. Else, whatever `device` returns.
     pub fn new(
         model: PciModel,
-        mut transport: impl Transport + 'static,
+        transport: impl Transport + 'static,
         device: impl FnOnce(&Bus) -> Result<D>,
     ) -> Result<Self> {
-        let attachment = transport.attach(model.description())?;
-        let shared = Arc::new(Shared::new(model.function(), attachment.trigger));
-        shared.settle(model.description())?;
-        let interrupts = Interrupts::new(Arc::clone(&shared), model.vectors(), model.is_express());
-        let device = device(&Bus::new(interrupts, attachment.memory))?;
-        let transport = Box::new(transport);
-        Ok(Self {
-            transport,
-            model,
-            shared,
-            device,
-            data: Vec::new(),
-            panicked: None,
-            failures: Failures::default(),
-        })
+        Self::attach(model, transport, &AttachOptions::new(), device)
     }
 
-    /// Serves until the device is removed.
+    /// Attaches in another way, and makes the device.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn attach(
+        model: PciModel,
+        transport: impl Transport + 'static,
+        options: &AttachOptions,
+        device: impl FnOnce(&Bus) -> Result<D>,
+    ) -> Result<Self> {
+        let core = Core::attach(model, transport, options)?;
+        let device = device(&core.bus)?;
+        let data = Vec::new();
+        Ok(Self { core, device, data })
+    }
+
+    /// Serves until the device is removed or handed over.
     ///
     /// # Errors
     ///
     /// [`Error::is_panicked`]: the device's code did. Else, the transport failed.
     pub fn run(&mut self) -> Result<Ended> {
-        self.serve(Take::Wait, |_| Ok(false))
+        self.serve(None)
     }
 
-    /// Serves until the device is removed or the server is stopped.
+    /// Serves until the device is removed or handed over, or the server is stopped.
     ///
     /// # Errors
     ///
     /// As [`run`](Self::run).
     pub fn run_until(&mut self, stop: &Stop) -> Result<Ended> {
-        self.serve(Take::Ready, |server| server.wait_or_stop(stop))
+        self.serve(Some(stop))
+    }
+
+    fn serve(&mut self, stop: Option<&Stop>) -> Result<Ended> {
+        let run = Run::new(&self.core, stop, 1)?;
+        let worker = &mut Worker::new(&self.core, &mut self.device, &mut self.data);
+        self.core.over(run.serve(worker))
     }
 
     /// Serves one request if there is one, without waiting; tells whether there was.
     ///
     /// # Errors
     ///
-    /// [`Error::is_removed`]: there will be no more. Else as [`run`](Self::run).
+    /// [`Error::is_removed`], [`Error::is_handed_over`]: there will be no more. Else as
+    /// [`run`](Self::run).
     pub fn process(&mut self) -> Result<bool> {
-        self.check_panicked()?;
-        let Some(request) = self.turn(None, Take::Ready)? else {
-            return Ok(false);
-        };
-        let reply = self.dispatch(request);
-        self.turn(Some(reply), Take::Nothing)?;
-        self.check_panicked().map(|()| true)
+        self.core.process(&mut self.device, &mut self.data)
     }
 
     /// The device.
@@ -119,92 +126,190 @@ impl<D: Device> Server<D> {
         &self.device
     }
 
-    /// The one loop: replies, takes the next request, dispatches it. With nothing to take, `idle`
-    /// waits, or says that the server is to stop.
-    fn serve(&mut self, take: Take, mut idle: impl FnMut(&Self) -> Result<bool>) -> Result<Ended> {
-        let mut reply = None;
-        loop {
-            let take = if self.panicked.is_some() {
-                Take::Nothing
-            } else {
-                take
-            };
-            let request = match self.turn(reply.take(), take) {
-                Ok(request) => request,
-                Err(error) if error.is_removed() => return Ok(Ended::Removed),
-                Err(error) => return Err(error),
-            };
-            self.check_panicked()?;
-            match request {
-                Some(request) => reply = Some(self.dispatch(request)),
-                None if idle(self)? => return Ok(Ended::Stopped),
-                None => {}
-            }
+    /// What the device can reach.
+    pub fn bus(&self) -> Bus {
+        self.core.bus.clone()
+    }
+}
+
+/// Serves a [`SharedDevice`] to the clients of a transport, with any number of threads.
+///
+/// # Order
+///
+/// - A client's thread waits for each of its accesses: it sees their effects in the order in which
+///   it makes them. Accesses of different client threads run at the same time, in any order.
+/// - An access of many bytes is cut ([`Access`](crate::Access)); its parts are made one after
+///   another, by one thread.
+/// - A reset runs alone, whoever caused it: the accesses before it have ended, and those after it
+///   wait until it has. So does a write to configuration space, which may be the cause of one.
+/// - [`Bus::quiesce`] keeps all of it out.
+///
+/// # Panics
+///
+/// A panic in one thread ends all, each after the request that it is at.
+pub struct SharedServer<S> {
+    core: Core,
+    device: Arc<S>,
+    threads: usize,
+    data: Vec<u8>,
+}
+
+impl<S: SharedDevice> SharedServer<S> {
+    /// Attaches to the transport for so many threads, and makes the device with what it can reach.
+    ///
+    /// # Errors
+    ///
+    /// As [`Server::new`].
+    pub fn new(
+        model: PciModel,
+        transport: impl Transport + 'static,
+        threads: usize,
+        device: impl FnOnce(&Bus) -> Result<S>,
+    ) -> Result<Self> {
+        let options = AttachOptions::new().threads(threads);
+        Self::attach(model, transport, &options, device)
+    }
+
+    /// Attaches in another way, and makes the device.
+    ///
+    /// # Errors
+    ///
+    /// As [`Server::new`].
+    pub fn attach(
+        model: PciModel,
+        transport: impl Transport + 'static,
+        options: &AttachOptions,
+        device: impl FnOnce(&Bus) -> Result<S>,
+    ) -> Result<Self> {
+        let core = Core::attach(model, transport, options)?;
+        let device = Arc::new(device(&core.bus)?);
+        Ok(Self {
+            core,
+            device,
+            threads: options.threads.max(1),
+            data: Vec::new(),
+        })
+    }
+
+    /// Serves until the device is removed or handed over.
+    ///
+    /// # Errors
+    ///
+    /// As [`Server::run`].
+    pub fn run(&mut self) -> Result<Ended> {
+        self.serve(None)
+    }
+
+    /// Serves until the device is removed or handed over, or the server is stopped.
+    ///
+    /// # Errors
+    ///
+    /// As [`Server::run`].
+    pub fn run_until(&mut self, stop: &Stop) -> Result<Ended> {
+        self.serve(Some(stop))
+    }
+
+    fn serve(&mut self, stop: Option<&Stop>) -> Result<Ended> {
+        let run = &Run::new(&self.core, stop, self.threads)?;
+        let serve = || {
+            let mut device = &*self.device;
+            run.serve(&mut Worker::new(&self.core, &mut device, &mut Vec::new()))
+        };
+        let ended = std::thread::scope(|scope| {
+            let others: Vec<_> = (1..self.threads).map(|_| scope.spawn(serve)).collect();
+            let own = serve();
+            let panicked = || Err(Error::panicked("a thread of the server".into()));
+            let others = others
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|_| panicked()));
+            others.fold(own, first_reason)
+        });
+        self.core.over(ended)
+    }
+
+    /// Serves one request if there is one, without waiting; tells whether there was.
+    ///
+    /// # Errors
+    ///
+    /// As [`Server::process`].
+    pub fn process(&mut self) -> Result<bool> {
+        let mut device = &*self.device;
+        self.core.process(&mut device, &mut self.data)
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<S> {
+        &self.device
+    }
+
+    /// What the device can reach.
+    pub fn bus(&self) -> Bus {
+        self.core.bus.clone()
+    }
+}
+
+impl Core {
+    fn process<D: Device>(&self, device: &mut D, data: &mut Vec<u8>) -> Result<bool> {
+        self.check_panicked()?;
+        let mut worker = Worker::new(self, device, data);
+        let request = worker.turn(None, Take::Ready);
+        let Some(request) = request.inspect_err(|error| self.detach_after(error))? else {
+            return Ok(false);
+        };
+        let reply = worker.dispatch(request);
+        worker.turn(Some(reply), Take::Nothing)?;
+        self.check_panicked().map(|()| true)
+    }
+
+    fn detach_after(&self, error: &Error) {
+        if error.is_handed_over() {
+            self.detach();
         }
     }
 
-    fn turn(&mut self, reply: Option<Reply>, take: Take) -> Result<Option<Request>> {
-        self.transport.turn(reply, take, &mut self.data)
-    }
-
-    fn wait_or_stop(&self, stop: &Stop) -> Result<bool> {
-        let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
-        let mut fds = [
-            readable(self.transport.as_fd()),
-            readable(stop.event.as_fd()),
-        ];
-        match poll(&mut fds, PollTimeout::NONE) {
-            Ok(_) | Err(Number::EINTR) => Ok(fds[1].any() == Some(true)),
-            Err(errno) => Err(Error::io("waiting for requests", errno)),
+    /// The run is over; a successor waits for the attachment to be over as well.
+    fn over(&self, ended: Result<Ended>) -> Result<Ended> {
+        if matches!(ended, Ok(Ended::HandedOver)) {
+            self.detach();
         }
+        ended
     }
+}
 
-    fn check_panicked(&self) -> Result<()> {
-        self.panicked
-            .clone()
-            .map_or(Ok(()), |message| Err(Error::panicked(message)))
+/// Of the ends of two threads, the one that is the reason of the other.
+fn first_reason(one: Result<Ended>, other: Result<Ended>) -> Result<Ended> {
+    match (one, other) {
+        (Ok(Ended::Stopped), other) => other,
+        (Err(error), _) | (_, Err(error)) => Err(error),
+        (one, _) => one,
     }
 }
 
 impl<D> AsFd for Server<D> {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.transport.as_fd()
+        self.core.transport.as_fd()
+    }
+}
+
+impl<S> AsFd for SharedServer<S> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.core.transport.as_fd()
     }
 }
 
 impl<D> fmt::Debug for Server<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Server")
-            .field("transport", &self.transport)
+            .field("core", &self.core)
             .finish_non_exhaustive()
     }
 }
 
-/// Stops a server from another thread. A handle: clone it.
-#[derive(Clone, Debug)]
-pub struct Stop {
-    event: Arc<EventFd>,
-}
-
-impl Stop {
-    /// A handle that stops nothing yet.
-    ///
-    /// # Errors
-    ///
-    /// The process has no file descriptors left.
-    pub fn new() -> Result<Self> {
-        let event =
-            EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-                .map_err(|errno| Error::io("making an eventfd", errno))?;
-        Ok(Self {
-            event: Arc::new(event),
-        })
-    }
-
-    /// Stops the servers that [run until](Server::run_until) this handle is used, now and later,
-    /// after the request that each is at.
-    pub fn stop(&self) {
-        // A full counter is readable just as well.
-        let _ = self.event.write(1);
+impl<S> fmt::Debug for SharedServer<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedServer")
+            .field("core", &self.core)
+            .field("threads", &self.threads)
+            .finish_non_exhaustive()
     }
 }

@@ -6,15 +6,19 @@
 
 use std::ffi::c_ulong;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 
 use muser_uapi::{
-    muser_area, muser_attach, muser_irq, muser_next, muser_region, muser_trigger, MUSER_ATTACH,
-    MUSER_DETACH, MUSER_NEXT, MUSER_TRIGGER,
+    muser_area, muser_attach, muser_dma, muser_dma_copy, muser_dma_segment, muser_doorbell,
+    muser_irq, muser_next, muser_region, muser_trigger, MUSER_ATTACH, MUSER_DETACH,
+    MUSER_DMA_ACQUIRE, MUSER_DMA_COPY, MUSER_DMA_COPY_WRITE, MUSER_DMA_RELEASE, MUSER_DOORBELL,
+    MUSER_MAX_SEGMENTS, MUSER_NEXT, MUSER_TRIGGER,
 };
 use nix::errno::Errno;
 use nix::sys::mman::{mmap, munmap, MapFlags, ProtFlags};
+use vm_memory::bitmap::BitmapSlice;
 use vm_memory::VolatileSlice;
 
 /// Bytes of a page.
@@ -74,6 +78,25 @@ impl Mapping {
         // and so as long as the slice.
         unsafe { VolatileSlice::new(self.start.as_ptr().cast(), self.len) }
     }
+
+    /// Some bytes of the memory, whose writes `log` records; `None` if they end beyond it. As for
+    /// [`slice`](Self::slice).
+    pub(crate) fn slice_with<B: BitmapSlice>(
+        &self,
+        bytes: Range<usize>,
+        log: B,
+    ) -> Option<VolatileSlice<'_, B>> {
+        let len = bytes.end.checked_sub(bytes.start)?;
+        if bytes.end > self.len {
+            return None;
+        }
+        let start: *mut u8 = self.start.as_ptr().cast();
+        // SAFETY: `bytes.start` is not beyond the end of the mapping.
+        let start = unsafe { start.add(bytes.start) };
+        // SAFETY: By the invariant, the memory is mapped as long as `self` lives; `len` bytes from
+        // `start` on lie in it.
+        Some(unsafe { VolatileSlice::with_bitmap(start, len, log, None) })
+    }
 }
 
 impl Drop for Mapping {
@@ -117,10 +140,93 @@ pub(crate) fn detach(node: BorrowedFd<'_>) -> Result<(), Errno> {
     unsafe { ioctl(node, MUSER_DETACH, &mut ()) }
 }
 
+/// `MUSER_DOORBELL`: joins an area with an eventfd.
+pub(crate) fn doorbell(
+    node: BorrowedFd<'_>,
+    size: u32,
+    area: u32,
+    event: BorrowedFd<'_>,
+) -> Result<(), Errno> {
+    let mut doorbell = muser_doorbell {
+        size,
+        flags: 0,
+        area,
+        fd: event.as_raw_fd(),
+    };
+    // SAFETY: The ioctl takes a `muser_doorbell`, which has no pointers.
+    unsafe { ioctl(node, MUSER_DOORBELL, &mut doorbell) }
+}
+
 /// `MUSER_TRIGGER`.
 pub(crate) fn trigger(node: BorrowedFd<'_>, trigger: &mut muser_trigger) -> Result<(), Errno> {
     // SAFETY: The ioctl takes a `muser_trigger`, which has no pointers.
     unsafe { ioctl(node, MUSER_TRIGGER, trigger) }
+}
+
+/// `MUSER_DMA_ACQUIRE`.
+pub(crate) fn dma_acquire(node: BorrowedFd<'_>, dma: &mut muser_dma) -> Result<(), Errno> {
+    // SAFETY: The ioctl takes a `muser_dma`, which has no pointers. Pages that come into the window
+    // by it are accessed by volatile or atomic accesses only.
+    unsafe { ioctl(node, MUSER_DMA_ACQUIRE, dma) }
+}
+
+/// `MUSER_DMA_RELEASE`.
+pub(crate) fn dma_release(node: BorrowedFd<'_>, dma: &mut muser_dma) -> Result<(), Errno> {
+    // SAFETY: The ioctl takes a `muser_dma`, which has no pointers.
+    unsafe { ioctl(node, MUSER_DMA_RELEASE, dma) }
+}
+
+/// `MUSER_DMA_COPY` from the client's memory, of as many parts as one call takes. Tells how many
+/// bytes were copied, also with an error.
+pub(crate) fn dma_read(
+    node: BorrowedFd<'_>,
+    parts: &mut [(u64, &mut [u8])],
+) -> (u64, Result<(), Errno>) {
+    let segment = |(iova, to): &mut (u64, &mut [u8])| muser_dma_segment {
+        iova: *iova,
+        address: to.as_mut_ptr().expose_provenance() as u64,
+        length: to.len() as u64,
+    };
+    let most = MUSER_MAX_SEGMENTS as usize;
+    let segments: Vec<_> = parts.iter_mut().take(most).map(segment).collect();
+    let mut copy = muser_dma_copy::default();
+    // SAFETY: The segments lead to memory of ours to which nobody else has a reference.
+    let result = unsafe { dma_copy(node, &mut copy, &segments) };
+    (copy.done, result)
+}
+
+/// `MUSER_DMA_COPY` to the client's memory, as [`dma_read`].
+pub(crate) fn dma_write(node: BorrowedFd<'_>, parts: &[(u64, &[u8])]) -> (u64, Result<(), Errno>) {
+    let segment = |(iova, from): &(u64, &[u8])| muser_dma_segment {
+        iova: *iova,
+        address: from.as_ptr().expose_provenance() as u64,
+        length: from.len() as u64,
+    };
+    let most = MUSER_MAX_SEGMENTS as usize;
+    let segments: Vec<_> = parts.iter().take(most).map(segment).collect();
+    let mut copy = muser_dma_copy {
+        flags: MUSER_DMA_COPY_WRITE,
+        ..muser_dma_copy::default()
+    };
+    // SAFETY: The segments lead to memory which the kernel only reads.
+    let result = unsafe { dma_copy(node, &mut copy, &segments) };
+    (copy.done, result)
+}
+
+/// # Safety
+///
+/// The segments lead to memory that may be read, and without `MUSER_DMA_COPY_WRITE` be written.
+unsafe fn dma_copy(
+    node: BorrowedFd<'_>,
+    copy: &mut muser_dma_copy,
+    segments: &[muser_dma_segment],
+) -> Result<(), Errno> {
+    copy.size = u32::try_from(size_of::<muser_dma_copy>()).map_err(|_| Errno::E2BIG)?;
+    copy.segments = segments.as_ptr().expose_provenance() as u64;
+    copy.num_segments = u32::try_from(segments.len()).map_err(|_| Errno::E2BIG)?;
+    // SAFETY: The ioctl takes a `muser_dma_copy` with as many segments as it says, and those are
+    // as the contract of this function has them.
+    unsafe { ioctl(node, MUSER_DMA_COPY, copy) }
 }
 
 /// # Safety

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use libmuser::transport::memory::{self, Host, IrqAction, IrqData};
-use libmuser::transport::{Take, Transport};
+use libmuser::transport::{AttachOptions, Take, Transport};
 use libmuser::{Access, Bar, Device, Ended, PciBuilder, PciModel, Region, Reset, Result, Server};
 use libmuser::{SharedMemory, Stop};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
@@ -181,7 +181,9 @@ fn panic_fails_the_request_and_ends_the_server() {
 /// Takes a request and goes away without a reply.
 fn take_and_leave(host: &Host) {
     let mut transport = host.transport();
-    transport.attach(model().description()).unwrap();
+    transport
+        .attach(model().description(), &AttachOptions::new())
+        .unwrap();
     let request = transport.turn(None, Take::Wait, &mut Vec::new()).unwrap();
     assert!(!request.unwrap().replay);
 }
@@ -207,7 +209,9 @@ fn request_left_behind_is_replayed_to_the_next_server() {
 #[test]
 fn requests_left_behind_are_replayed_in_order() {
     let (mut transport, host) = memory::pair().unwrap();
-    transport.attach(model().description()).unwrap();
+    transport
+        .attach(model().description(), &AttachOptions::new())
+        .unwrap();
     let mut reading = Vec::new();
     for offset in [3, 1, 2] {
         let client = host.open().unwrap();

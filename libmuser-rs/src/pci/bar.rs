@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::config::Layout;
 use super::regs::*;
-use crate::region::{Area, Width};
+use crate::region::{Area, AreaKind, Width};
 
 /// What one base address register asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,10 +77,19 @@ impl Bar {
     /// Accesses to it don't reach the device: see [`Bus::memory`](crate::Bus::memory).
     #[must_use]
     pub fn mappable(mut self, range: Range<u64>) -> Self {
-        self.areas.push(Area::mappable(
-            range.start,
-            range.end.saturating_sub(range.start),
-        ));
+        self.areas.push(area(AreaKind::Mappable, range));
+        self
+    }
+
+    /// Makes part of the BAR doorbells, in units of 4 bytes: registers that a client writes without
+    /// waiting for the device.
+    ///
+    /// The value lies in the area's memory at once, where the client reads it back; the device gets
+    /// to know that it was rung ([`Device::doorbell`](crate::Device::doorbell)), and looks. Over a
+    /// transport without doorbells the write waits, and does the same.
+    #[must_use]
+    pub fn doorbells(mut self, range: Range<u64>) -> Self {
+        self.areas.push(area(AreaKind::Doorbell, range));
         self
     }
 
@@ -104,7 +113,8 @@ impl Bar {
         if *kind == BarKind::Io && self.prefetchable {
             return Some("I/O ports can't be prefetchable".into());
         }
-        if *kind == BarKind::Io && !self.areas.is_empty() {
+        let mapped = |area: &Area| area.kind == AreaKind::Mappable;
+        if *kind == BarKind::Io && self.areas.iter().any(mapped) {
             return Some("I/O ports can't be mapped".into());
         }
         self.area_fault(page_size)
@@ -113,14 +123,16 @@ impl Bar {
     fn area_fault(&self, page_size: u64) -> Option<String> {
         let mut before: Option<Area> = None;
         for area in &self.areas {
-            let name = format!("its mappable area {:#x}..{:#x}", area.offset, area.end());
+            let (what, unit, units) = match area.kind {
+                AreaKind::Mappable => ("mappable area", page_size, "whole pages"),
+                AreaKind::Doorbell => ("doorbell area", DOORBELL_UNIT, "whole doorbells"),
+            };
+            let name = format!("its {what} {:#x}..{:#x}", area.offset, area.end());
             if area.size == 0 {
                 return Some(format!("{name} is empty"));
             }
-            if area.offset % page_size != 0 || area.size % page_size != 0 {
-                return Some(format!(
-                    "{name} is not made of whole pages of {page_size} bytes"
-                ));
+            if area.offset % unit != 0 || area.size % unit != 0 {
+                return Some(format!("{name} is not made of {units} of {unit} bytes"));
             }
             if area.end() > self.size {
                 return Some(format!("{name} ends beyond its size {:#x}", self.size));
@@ -168,6 +180,17 @@ impl Bar {
                 layout.dword(offset + 4, 0, low_half(writable >> 32));
             }
         }
+    }
+}
+
+/// Doorbells are aligned to this (`muser_area` in the ABI).
+const DOORBELL_UNIT: u64 = 4;
+
+fn area(kind: AreaKind, range: Range<u64>) -> Area {
+    Area {
+        offset: range.start,
+        size: range.end.saturating_sub(range.start),
+        kind,
     }
 }
 

@@ -9,6 +9,7 @@
 use std::sync::Arc;
 
 use super::regs::*;
+use crate::dma::Mastering;
 
 /// What each byte of configuration space starts as and how it can be written. Fixed once built.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +44,22 @@ impl Layout {
         }
     }
 
+    /// A number which differs, as good as always, from that of any other layout: FNV-1a, which is
+    /// the same in every build.
+    pub(crate) fn fingerprint(&self) -> u64 {
+        const BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+        const PRIME: u64 = 0x0100_0000_01b3;
+        let places = [self.pm, self.express, self.msi, self.msix];
+        let places = places.map(|place| place.unwrap_or(0).to_le_bytes());
+        let bytes = [&self.defaults, &self.writable, &self.write_one_clears]
+            .into_iter()
+            .flatten()
+            .chain(places.as_flattened());
+        bytes.fold(BASIS, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(PRIME)
+        })
+    }
+
     pub(crate) fn size(&self) -> usize {
         self.defaults.len()
     }
@@ -75,6 +92,28 @@ pub struct Effects {
     pub power_up_reset: bool,
     /// MSI-X was disabled, so its pending bits mean nothing any more.
     pub msix_disabled: bool,
+}
+
+impl Effects {
+    /// As a number, for the record of what is done.
+    pub(crate) fn bits(self) -> u64 {
+        let bits = [
+            self.function_level_reset,
+            self.power_up_reset,
+            self.msix_disabled,
+        ];
+        bits.iter()
+            .rev()
+            .fold(0, |all, bit| all << 1 | u64::from(*bit))
+    }
+
+    pub(crate) fn from_bits(bits: u64) -> Self {
+        Self {
+            function_level_reset: bits & 1 != 0,
+            power_up_reset: bits & 2 != 0,
+            msix_disabled: bits & 4 != 0,
+        }
+    }
 }
 
 /// The configuration space of one function.
@@ -148,6 +187,16 @@ impl ConfigSpace {
         self.bytes.clone_from(&self.layout.defaults);
     }
 
+    /// All that changes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Takes all that changes from the head of `image`.
+    pub(crate) fn restore(&mut self, image: &mut &[u8]) {
+        restore_bytes(&mut self.bytes, image);
+    }
+
     pub(crate) fn layout(&self) -> &Layout {
         &self.layout
     }
@@ -200,6 +249,17 @@ impl ConfigSpace {
     /// Whether the function is in D0, where alone it answers in its BARs and sends interrupts.
     pub(crate) fn is_powered(&self) -> bool {
         self.power_state().is_none_or(|state| state == 0)
+    }
+
+    /// Whether the function may reach memory.
+    pub(crate) fn mastering(&self) -> Mastering {
+        if !self.is_powered() {
+            Mastering::Unpowered
+        } else if self.word(PCI_COMMAND) & PCI_COMMAND_MASTER == 0 {
+            Mastering::Disabled
+        } else {
+            Mastering::Enabled
+        }
     }
 
     pub(crate) fn msix_enabled(&self) -> bool {
@@ -257,6 +317,14 @@ impl ConfigSpace {
         let high_byte = usize::from(express + PCI_EXP_DEVCTL + 1);
         let written = high_byte.checked_sub(offset).and_then(|at| data.get(at));
         written.is_some_and(|value| value & bit != 0)
+    }
+}
+
+/// Takes as many bytes as there are from the head of `image`, if it has them.
+pub(crate) fn restore_bytes(bytes: &mut [u8], image: &mut &[u8]) {
+    if let Some((head, rest)) = image.split_at_checked(bytes.len()) {
+        bytes.copy_from_slice(head);
+        *image = rest;
     }
 }
 

@@ -57,6 +57,32 @@ impl Function {
         }
     }
 
+    /// Appends all that changes to `image`: always the same number of bytes.
+    pub(crate) fn save(&self, image: &mut Vec<u8>) {
+        image.extend(self.config.bytes());
+        if let Some(msix) = &self.msix {
+            msix.save(image);
+        }
+        self.raised.save(image);
+        image.push(self.line.into());
+    }
+
+    /// Returns to what was saved, of a function like this one.
+    pub(crate) fn restore(&mut self, mut image: &[u8]) {
+        self.config.restore(&mut image);
+        if let Some(msix) = &mut self.msix {
+            msix.restore(&mut image);
+        }
+        self.raised.restore(&mut image);
+        self.line = image.first().is_some_and(|line| *line != 0);
+        self.settle();
+    }
+
+    /// Where the interrupt line is.
+    pub(crate) fn line(&self) -> bool {
+        self.line
+    }
+
     pub(crate) fn config(&self) -> &ConfigSpace {
         &self.config
     }

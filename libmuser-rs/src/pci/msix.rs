@@ -9,6 +9,7 @@
 
 use std::ops::Range;
 
+use super::config::restore_bytes;
 use super::regs::*;
 
 /// MSI-X, with its table and pending bit array.
@@ -105,6 +106,20 @@ impl MsixTable {
         }
     }
 
+    /// Appends all that changes.
+    pub(crate) fn save(&self, image: &mut Vec<u8>) {
+        image.extend(&self.entries);
+        self.owned.save(image);
+        self.pending.save(image);
+    }
+
+    /// Takes all that changes from the head of `image`.
+    pub(crate) fn restore(&mut self, image: &mut &[u8]) {
+        restore_bytes(&mut self.entries, image);
+        self.owned.restore(image);
+        self.pending.restore(image);
+    }
+
     pub(crate) fn vectors(&self) -> u16 {
         u16::try_from(self.entries.len() / PCI_MSIX_ENTRY_SIZE).unwrap_or(u16::MAX)
     }
@@ -179,6 +194,20 @@ pub(crate) struct VectorSet(Vec<u64>);
 impl VectorSet {
     pub(crate) fn new(vectors: u16) -> Self {
         Self(vec![0; usize::from(vectors).div_ceil(64)])
+    }
+
+    /// Appends the bits.
+    pub(crate) fn save(&self, image: &mut Vec<u8>) {
+        image.extend(self.0.iter().flat_map(|word| word.to_ne_bytes()));
+    }
+
+    /// Takes the bits from the head of `image`.
+    pub(crate) fn restore(&mut self, image: &mut &[u8]) {
+        for word in &mut self.0 {
+            let mut bytes = [0; 8];
+            restore_bytes(&mut bytes, image);
+            *word = u64::from_ne_bytes(bytes);
+        }
     }
 
     pub(crate) fn insert(&mut self, vector: u16) {

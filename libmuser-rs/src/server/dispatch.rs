@@ -2,28 +2,71 @@
 //! From a request to whoever answers it: configuration space, MSI-X table, ROM, or the device.
 
 use std::any::Any;
-use std::fmt;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
-use super::Server;
-use crate::device::{Device, Reset};
+use super::core::Core;
+use super::gate::Passage;
+use crate::device::{Device, Doorbell, Reset};
 use crate::error::{Errno, Result};
 use crate::model::Claim;
+use crate::pci::function::Function;
+use crate::pci::Effects;
 use crate::region::{split, Access, Region, Width};
-use crate::transport::{Operation, Reply, Request};
+use crate::state::Key;
+use crate::transport::{Operation, Reply, Request, Take};
 
-impl<D: Device> Server<D> {
+/// A thread of a server: it takes requests, and has them answered.
+pub(super) struct Worker<'a, D: ?Sized> {
+    core: &'a Core,
+    device: &'a mut D,
+    /// Data of the request at hand, then of its reply.
+    data: &'a mut Vec<u8>,
+}
+
+impl<'a, D: Device + ?Sized> Worker<'a, D> {
+    pub(super) fn new(core: &'a Core, device: &'a mut D, data: &'a mut Vec<u8>) -> Self {
+        Self { core, device, data }
+    }
+
+    /// Replies and takes.
+    pub(super) fn turn(&mut self, reply: Option<Reply>, take: Take) -> Result<Option<Request>> {
+        let replied = reply.map(|reply| reply.token.request());
+        let taken = self.core.transport.turn(reply, take, self.data);
+        if let (Some(request), Ok(_)) = (replied, &taken) {
+            self.core.shared.store().ended(request);
+        }
+        taken
+    }
+
+    /// Has a request answered: the result, whose data is in the buffer.
     pub(super) fn dispatch(&mut self, request: Request) -> Reply {
         log::trace!("{request:?}");
+        let _passage = self.passage(request.operation);
         // After a panic the device is not called again, so nobody sees it half changed.
         let work = AssertUnwindSafe(|| self.perform(request));
         let result = catch_unwind(work).unwrap_or_else(|panic| {
-            self.panicked = Some(panic_message(&*panic).into());
+            self.core.set_panicked(panic_message(&*panic).into());
             Err(Errno::EIO)
         });
         Reply {
             token: request.token,
             result,
+        }
+    }
+
+    /// Waits until the device can be called for this: with others, or alone for what may reset it.
+    fn passage(&self, operation: Operation) -> Passage<'a> {
+        let gate = &self.core.gate;
+        match operation {
+            Operation::Write { region, .. } if region == Region::Config.index() => {
+                gate.enter_alone()
+            }
+            Operation::Read { .. } | Operation::Write { .. } | Operation::Doorbell { .. } => {
+                gate.enter()
+            }
+            Operation::Reset { .. } | Operation::Unmap { .. } | Operation::Unknown => {
+                gate.enter_alone()
+            }
         }
     }
 
@@ -43,8 +86,14 @@ impl<D: Device> Server<D> {
                 self.reset_function();
                 self.reset_device(if close { Reset::Close } else { Reset::Client })
             }
+            Operation::Unmap { iova, length } => {
+                self.device.dma_unmapped(iova..iova.saturating_add(length));
+                Ok(())
+            }
+            Operation::Doorbell { region, offset } => self.ring(region, offset),
             Operation::Unknown => {
-                self.failures
+                self.core
+                    .failures
                     .log(format_args!("a request of an unknown kind was refused"));
                 Err(Errno::EOPNOTSUPP)
             }
@@ -60,6 +109,7 @@ impl<D: Device> Server<D> {
         write: bool,
     ) -> Result<(), Errno> {
         let size = self
+            .core
             .model
             .description()
             .region(index)
@@ -69,14 +119,14 @@ impl<D: Device> Server<D> {
             .filter(|end| *end <= size);
         let (Some(region), Some(end)) = (Region::from_index(index), end) else {
             let message = format_args!("region {index} offset {offset:#x}: it is out of bounds");
-            self.failures.log(message);
+            self.core.failures.log(message);
             return Err(Errno::EINVAL);
         };
-        let mut data = std::mem::take(&mut self.data);
+        let mut data = std::mem::take(self.data);
         let mut at = offset;
         let mut result = Ok(());
         while at < end && result.is_ok() {
-            let Some((claim, span)) = self.model.claim(region, at) else {
+            let Some((claim, span)) = self.core.model.claim(region, at) else {
                 result = Err(Errno::EINVAL);
                 break;
             };
@@ -89,17 +139,14 @@ impl<D: Device> Server<D> {
             result = match (claim, write) {
                 (Claim::Device(region, width), _) => {
                     let accesses = split(place.start, part.len(), width);
-                    self.access_device(accesses, region, request.replay, part, write)
+                    self.access_device(accesses, region, request, part, write)
                 }
-                (_, true) => self.write_claimed(claim, place, part),
-                (_, false) => {
-                    self.read_claimed(claim, place, part);
-                    Ok(())
-                }
+                (_, true) => self.write_claimed(request, claim, place, part),
+                (_, false) => self.read_claimed(claim, place, part),
             };
             at = stop;
         }
-        self.data = data;
+        *self.data = data;
         result
     }
 
@@ -107,16 +154,13 @@ impl<D: Device> Server<D> {
         &mut self,
         accesses: impl Iterator<Item = (u64, Width)>,
         region: Region,
-        replay: bool,
+        request: Request,
         data: &mut [u8],
         write: bool,
     ) -> Result<(), Errno> {
         // PCI PM 1.2, 5.4.1: in D3hot, a function answers in configuration space only.
-        let powered = self
-            .shared
-            .with(|function| function.config().is_powered())
-            .0;
-        if !powered {
+        let shared = &self.core.shared;
+        if !shared.look(|function| function.config().is_powered()) {
             log::debug!("{region}: the function is in D3hot and does not answer");
             if !write {
                 data.fill(0xff);
@@ -131,7 +175,8 @@ impl<D: Device> Server<D> {
                 region,
                 offset,
                 width,
-                replay,
+                request: request.token.request(),
+                replay: request.replay,
             };
             let mut value = [0; 8];
             let value = &mut value[..];
@@ -146,7 +191,8 @@ impl<D: Device> Server<D> {
             };
             outcome.map_err(|error| {
                 let verb = if write { "write" } else { "read" };
-                self.failures
+                self.core
+                    .failures
                     .log(format_args!("{access}: the {verb} failed: {error}"));
                 error.errno()
             })?;
@@ -154,35 +200,42 @@ impl<D: Device> Server<D> {
         Ok(())
     }
 
-    fn read_claimed(&self, claim: Claim, place: Place, data: &mut [u8]) {
+    fn read_claimed(&self, claim: Claim, place: Place, data: &mut [u8]) -> Result<(), Errno> {
         let at = place.claimed;
+        let shared = &self.core.shared;
         match claim {
-            Claim::Config => {
-                self.shared
-                    .with(|function| function.config().read(at, data))
-                    .0
+            Claim::Config => shared.look(|function| function.config().read(at, data)),
+            Claim::MsixTable => shared.look(|function| function.read_msix_table(at, data)),
+            Claim::MsixPba => shared.look(|function| function.read_msix_pba(at, data)),
+            Claim::Rom => data.copy_from_slice(&self.core.model.rom()[at..at + data.len()]),
+            Claim::Doorbell(region, start) => {
+                let doorbell = self.doorbell(region, start)?;
+                let memory = doorbell.memory();
+                memory.read_bytes(at, data).map_err(|error| error.errno())?;
             }
-            Claim::MsixTable => {
-                self.shared
-                    .with(|function| function.read_msix_table(at, data))
-                    .0
-            }
-            Claim::MsixPba => {
-                self.shared
-                    .with(|function| function.read_msix_pba(at, data))
-                    .0
-            }
-            Claim::Rom => data.copy_from_slice(&self.model.rom()[at..at + data.len()]),
             Claim::Device(..) => {}
         }
+        Ok(())
     }
 
-    fn write_claimed(&mut self, claim: Claim, place: Place, data: &[u8]) -> Result<(), Errno> {
+    fn write_claimed(
+        &mut self,
+        request: Request,
+        claim: Claim,
+        place: Place,
+        data: &[u8],
+    ) -> Result<(), Errno> {
         let at = place.claimed;
         match claim {
             Claim::Config => {
-                let (effects, sent) = self.shared.with(|function| function.write_config(at, data));
+                // What the write made of configuration space is done once; the reset that it asks
+                // for may have been cut short, and is done again.
+                let index = Region::Config.index();
+                let key = Key::new(request.token.request(), index, place.start);
+                let write = |function: &mut Function| function.write_config(at, data).bits();
+                let (effects, sent) = self.core.shared.once(key, write);
                 log_unsent(sent);
+                let effects = Effects::from_bits(effects);
                 if effects.function_level_reset {
                     self.reset_device(Reset::FunctionLevel)?;
                 } else if effects.power_up_reset {
@@ -192,23 +245,50 @@ impl<D: Device> Server<D> {
             }
             Claim::MsixTable => {
                 let work = self
+                    .core
                     .shared
                     .with(|function| function.write_msix_table(at, data));
                 log_unsent(work.1);
                 Ok(())
             }
+            // A transport without doorbells: what one with them would have done goes first.
+            Claim::Doorbell(region, start) => {
+                let doorbell = self.doorbell(region, start)?;
+                let memory = doorbell.memory();
+                memory
+                    .write_bytes(at, data)
+                    .map_err(|error| error.errno())?;
+                self.ring(doorbell.region().index(), start)
+            }
             Claim::Rom | Claim::MsixPba | Claim::Device(..) => Ok(()),
         }
     }
 
+    fn doorbell(&self, region: Region, start: u64) -> Result<Doorbell, Errno> {
+        let doorbell = self.core.bus.doorbell(region, start);
+        doorbell.ok_or(Errno::EIO)
+    }
+
+    /// Tells the device of a doorbell.
+    fn ring(&mut self, region: u32, start: u64) -> Result<(), Errno> {
+        let region = Region::from_index(region).ok_or(Errno::EINVAL)?;
+        let doorbell = self.doorbell(region, start)?;
+        self.device.doorbell(&doorbell).map_err(|error| {
+            let message = format_args!("{region} doorbell at {start:#x}: it failed: {error}");
+            self.core.failures.log(message);
+            error.errno()
+        })
+    }
+
     fn reset_function(&self) {
-        log_unsent(self.shared.with(|function| function.reset()).1);
+        log_unsent(self.core.shared.with(|function| function.reset()).1);
     }
 
     fn reset_device(&mut self, reset: Reset) -> Result<(), Errno> {
         log::debug!("{reset:?} reset");
         self.device.reset(reset).map_err(|error| {
-            self.failures
+            self.core
+                .failures
                 .log(format_args!("the {reset:?} reset failed: {error}"));
             error.errno()
         })
@@ -220,29 +300,6 @@ impl<D: Device> Server<D> {
 struct Place {
     start: u64,
     claimed: usize,
-}
-
-/// Logs failures: the first ones as errors. A client can cause as many as it likes, so those after
-/// them go to the debug level.
-#[derive(Debug, Default)]
-pub(super) struct Failures {
-    logged: u32,
-}
-
-impl Failures {
-    /// Enough to see what is wrong, and to see that it goes on.
-    const MOST: u32 = 32;
-
-    fn log(&mut self, message: fmt::Arguments<'_>) {
-        if self.logged == Self::MOST {
-            return log::debug!("{message}");
-        }
-        self.logged += 1;
-        log::error!("{message}");
-        if self.logged == Self::MOST {
-            log::error!("further failures are logged at debug level");
-        }
-    }
 }
 
 /// An offset within a buffer, which is small.

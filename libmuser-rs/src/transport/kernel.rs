@@ -13,22 +13,28 @@ use std::sync::Arc;
 
 use muser_uapi::*;
 use nix::errno::Errno as Number;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use vm_memory::Bytes;
 
 use super::{
-    AreaMemory, Attachment, Description, Operation, Reply, Request, Take, Token, Transport, Trigger,
+    AreaMemory, AttachOptions, Attachment, Description, Operation, Reply, Request, RequestId, Take,
+    Token, Transport, Trigger,
 };
 use crate::error::{Error, Result};
 use crate::memory::SharedMemory;
-use crate::region::Region;
+use crate::region::{AreaKind, Region};
 use crate::sys::{self, Mapping};
 
+mod dma;
+mod doorbells;
 mod fault;
 mod slots;
 mod uuid;
 
 pub use uuid::Uuid;
 
+use dma::ClientDma;
+use doorbells::Doorbells;
 use slots::Slots;
 
 /// Serves the device of a node of `muser.ko`.
@@ -36,15 +42,7 @@ use slots::Slots;
 pub struct KernelTransport {
     node: Arc<File>,
     slots: Option<Slots>,
-    /// The slot of the request taken last, for a reply to go with the next turn.
-    taken: Option<Taken>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Taken {
-    slot: u32,
-    id: u64,
-    reads: bool,
+    doorbells: Option<Doorbells>,
 }
 
 impl KernelTransport {
@@ -83,37 +81,52 @@ impl KernelTransport {
         Ok(Self {
             node: Arc::new(node),
             slots: None,
-            taken: None,
+            doorbells: None,
         })
     }
 
-    fn reply(&mut self, reply: Option<Reply>, data: &[u8]) -> Result<Option<u32>> {
-        let Some(reply) = reply else { return Ok(None) };
-        let taken = self.taken.take().filter(|taken| taken.id == reply.token.0);
-        let (Some(taken), Some(slots)) = (taken, &self.slots) else {
-            return Err(Error::io("replying to a request not taken", Number::ENOMSG));
-        };
-        let data = if taken.reads && reply.result.is_ok() {
+    fn slots(&self) -> Result<&Slots> {
+        let missing = || Error::io("serving before the attachment", Number::ENOTCONN);
+        self.slots.as_ref().ok_or_else(missing)
+    }
+
+    /// Puts a reply into its slot.
+    fn reply(&self, reply: Reply, data: &[u8]) -> Result<u32> {
+        let data = if reply.token.reads && reply.result.is_ok() {
             data
         } else {
             &[]
         };
         let result = reply.result.map_or_else(|errno| -errno.number(), |()| 0);
-        slots.put(taken, result, data)?;
-        Ok(Some(taken.slot))
+        self.slots()?.put(reply.token.slot, result, data)?;
+        Ok(reply.token.slot)
     }
 }
 
 impl Transport for KernelTransport {
-    fn attach(&mut self, description: &Description) -> Result<Attachment> {
+    fn attach(&mut self, description: &Description, options: &AttachOptions) -> Result<Attachment> {
         let (regions, areas, irqs) = encode(description);
         let mut attach = muser_attach {
             size: size_of_u32::<muser_attach>(),
             version: MUSER_ABI_VERSION,
             bus: MUSER_BUS_PCI,
+            slots: slots_for(options.threads),
+            flags: if options.standby {
+                MUSER_ATTACH_STANDBY
+            } else {
+                0
+            },
+            state_size: u32::try_from(options.state_size).unwrap_or(u32::MAX),
             ..muser_attach::default()
         };
-        sys::attach(self.node.as_fd(), &mut attach, &regions, &areas, &irqs).map_err(|errno| {
+        let attached = loop {
+            match sys::attach(self.node.as_fd(), &mut attach, &regions, &areas, &irqs) {
+                // A signal came, which ended the wait and not the process.
+                Err(Number::EINTR) => {}
+                other => break other,
+            }
+        };
+        attached.map_err(|errno| {
             if errno == Number::ENODEV {
                 return Error::removed();
             }
@@ -121,18 +134,83 @@ impl Transport for KernelTransport {
             Error::refused(errno as i32, message)
         })?;
         self.slots = Some(Slots::map(self.node.as_fd(), &attach)?);
+        self.doorbells = Doorbells::join(self.node.as_fd(), description)?;
         let trigger = Arc::new(Node::map(Arc::clone(&self.node))?);
         let memory = map_areas(self.node.as_fd(), description)?;
-        Ok(Attachment::new(trigger, memory))
+        let dma = Arc::new(ClientDma::new(Arc::clone(&trigger)));
+        let state = map_state(self.node.as_fd(), attach.state_size as usize)?;
+        Ok(Attachment {
+            state,
+            recovered: attach.recovered & MUSER_RECOVERED_SERVED != 0,
+            ..Attachment::new(trigger, memory, dma)
+        })
     }
 
     fn turn(
-        &mut self,
+        &self,
         reply: Option<Reply>,
         take: Take,
         data: &mut Vec<u8>,
     ) -> Result<Option<Request>> {
-        let reply = self.reply(reply, data)?;
+        let ring = |reply: &Reply| reply.token.request() == RequestId::NONE;
+        let mut reply = reply
+            .filter(|reply| !ring(reply))
+            .map(|reply| self.reply(reply, data))
+            .transpose()?;
+        let Some(doorbells) = &self.doorbells else {
+            return self.exchange(reply, take, data);
+        };
+        let rung = |operation| Request::new(Token::new(RequestId::NONE, 0, false), operation);
+        if take != Take::Nothing && doorbells.go_first() {
+            if let Some(operation) = doorbells.take() {
+                self.exchange(reply, Take::Nothing, data)?;
+                return Ok(Some(rung(operation)));
+            }
+        }
+        let ready = if take == Take::Nothing {
+            take
+        } else {
+            Take::Ready
+        };
+        loop {
+            let request = self.exchange(reply.take(), ready, data)?;
+            if request.is_some() || take == Take::Nothing {
+                return Ok(request);
+            }
+            if let Some(operation) = doorbells.take() {
+                return Ok(Some(rung(operation)));
+            }
+            if take == Take::Ready {
+                return Ok(None);
+            }
+            let mut fds = [PollFd::new(doorbells.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(Number::EINTR) => {}
+                Err(errno) => return Err(Error::io("waiting for requests", errno)),
+            }
+        }
+    }
+
+    fn detach(&self) {
+        if self.slots.is_none() {
+            return;
+        }
+        match sys::detach(self.node.as_fd()) {
+            // It may be done already.
+            Ok(()) | Err(Number::ENODEV | Number::ENOTCONN) => {}
+            Err(errno) => log::warn!("detaching from the device: {errno}"),
+        }
+    }
+}
+
+impl KernelTransport {
+    /// `MUSER_NEXT`: replies with a slot, and takes the next request.
+    fn exchange(
+        &self,
+        reply: Option<u32>,
+        take: Take,
+        data: &mut Vec<u8>,
+    ) -> Result<Option<Request>> {
         let mut next = muser_next {
             size: size_of_u32::<muser_next>(),
             flags: match take {
@@ -155,6 +233,7 @@ impl Transport for KernelTransport {
                 Err(Number::EINTR) => {}
                 Err(Number::EAGAIN) => return Ok(None),
                 Err(Number::ENODEV) => return Err(Error::removed()),
+                Err(Number::ESHUTDOWN) => return Err(Error::handed_over()),
                 // The client is gone; nobody misses the reply, and the request has ended.
                 Err(Number::ECANCELED | Number::ENOENT) if replying => {
                     log::debug!("a client did not wait for its reply");
@@ -166,16 +245,9 @@ impl Transport for KernelTransport {
         }
         Ok(None)
     }
-}
 
-impl KernelTransport {
-    fn request(&mut self, slot: u32, data: &mut Vec<u8>) -> Result<Request> {
-        let Some(slots) = &self.slots else {
-            return Err(Error::io(
-                "taking a request before the attachment",
-                Number::ENOTCONN,
-            ));
-        };
+    fn request(&self, slot: u32, data: &mut Vec<u8>) -> Result<Request> {
+        let slots = self.slots()?;
         let head = slots.head(slot)?;
         let count = head.count.min(MUSER_SLOT_DATA) as usize;
         let operation = match head.kind {
@@ -195,17 +267,18 @@ impl KernelTransport {
             MUSER_REQUEST_RESET => Operation::Reset {
                 close: head.flags & MUSER_REQUEST_CLOSE != 0,
             },
+            MUSER_REQUEST_UNMAP => Operation::Unmap {
+                iova: head.offset,
+                length: head.length,
+            },
             _ => Operation::Unknown,
         };
-        self.taken = Some(Taken {
-            slot,
-            id: head.id,
-            reads: head.kind == MUSER_REQUEST_READ,
-        });
+        let reads = head.kind == MUSER_REQUEST_READ;
+        let token = Token::new(RequestId::new(head.id), slot, reads);
         let replay = head.flags & MUSER_REQUEST_REPLAY != 0;
         Ok(Request {
             replay,
-            ..Request::new(Token(head.id), operation)
+            ..Request::new(token, operation)
         })
     }
 }
@@ -213,19 +286,16 @@ impl KernelTransport {
 /// The attachment ends here, whatever handles to interrupts and memory the device has given away.
 impl Drop for KernelTransport {
     fn drop(&mut self) {
-        if self.slots.is_none() {
-            return;
-        }
-        match sys::detach(self.node.as_fd()) {
-            Ok(()) | Err(Number::ENODEV) => {}
-            Err(errno) => log::warn!("detaching from the device: {errno}"),
-        }
+        self.detach();
     }
 }
 
 impl AsFd for KernelTransport {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.node.as_fd()
+        match &self.doorbells {
+            Some(doorbells) => doorbells.as_fd(),
+            None => self.node.as_fd(),
+        }
     }
 }
 
@@ -242,6 +312,16 @@ impl Node {
         let status = Mapping::new(file.as_fd(), MUSER_MMAP_STATUS, page, false)
             .map_err(|errno| Error::io("mapping the status page", errno))?;
         Ok(Self { file, status })
+    }
+
+    /// Changes whenever memory of the client that was acquired has gone away.
+    fn dma_generation(&self) -> u64 {
+        let offset = std::mem::offset_of!(muser_status, dma_generation);
+        // The page is mapped and the offset aligned: there is no error to be had.
+        self.status
+            .slice()
+            .load(offset, Ordering::Acquire)
+            .unwrap_or(0)
     }
 
     fn trigger(&self, flags: u32, index: u32, vector: u32) -> Result<()> {
@@ -287,24 +367,36 @@ impl Trigger for Node {
     }
 }
 
+/// The state, of which there may be more than was asked for.
+fn map_state(node: BorrowedFd<'_>, size: usize) -> Result<Option<SharedMemory>> {
+    if size == 0 {
+        return Ok(None);
+    }
+    let whole = size.next_multiple_of(to_usize(sys::page_size()));
+    let mapping = Mapping::new(node, MUSER_MMAP_STATE, whole, true)
+        .map_err(|errno| Error::io("mapping the state", errno))?;
+    Ok(Some(SharedMemory::part(mapping, 0, size)))
+}
+
 fn map_areas(node: BorrowedFd<'_>, description: &Description) -> Result<Vec<AreaMemory>> {
     let regions = description.regions.iter();
     let areas = regions.flat_map(|region| region.areas.iter().map(move |area| (region, area)));
     let memory = areas.map(|(region, area)| {
         let start = u64::from(region.index) << MUSER_MMAP_REGION_SHIFT;
-        let offset = MUSER_MMAP_REGIONS + start + area.offset;
-        let mapping = Mapping::new(node, offset, to_usize(area.size), true).map_err(|errno| {
+        // A doorbell is a part of the pages in which it lies.
+        let page = area.offset & !(sys::page_size() - 1);
+        let inside = to_usize(area.offset - page);
+        let whole = to_usize(area.end().next_multiple_of(sys::page_size()) - page);
+        let offset = MUSER_MMAP_REGIONS + start + page;
+        let mapping = Mapping::new(node, offset, whole, true).map_err(|errno| {
             let name = region_name(region.index);
             Error::io(
                 format!("mapping {:#x}..{:#x} of {name}", area.offset, area.end()),
                 errno,
             )
         })?;
-        Ok(AreaMemory::new(
-            region.index,
-            area.offset,
-            SharedMemory::new(mapping),
-        ))
+        let memory = SharedMemory::part(mapping, inside, to_usize(area.size));
+        Ok(AreaMemory::new(region.index, area, memory))
     });
     memory.collect()
 }
@@ -324,7 +416,8 @@ fn encode(description: &Description) -> (Vec<muser_region>, Vec<muser_area>, Vec
         .flat_map(|region| &region.areas)
         .map(|area| {
             let flags = match area.kind {
-                crate::region::AreaKind::Mappable => MUSER_AREA_MMAP,
+                AreaKind::Mappable => MUSER_AREA_MMAP,
+                AreaKind::Doorbell => MUSER_AREA_DOORBELL,
             };
             muser_area {
                 offset: area.offset,
@@ -343,6 +436,12 @@ fn encode(description: &Description) -> (Vec<muser_region>, Vec<muser_area>, Vec
         reserved: 0,
     });
     (regions.collect(), areas.collect(), irqs.collect())
+}
+
+/// A slot for each thread, and one more, so that none waits for another's reply to be accepted.
+fn slots_for(threads: usize) -> u32 {
+    let slots = u32::try_from(threads.saturating_add(1)).unwrap_or(u32::MAX);
+    slots.clamp(MUSER_DEFAULT_SLOTS, MUSER_MAX_SLOTS)
 }
 
 fn region_name(index: u32) -> String {

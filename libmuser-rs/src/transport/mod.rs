@@ -9,16 +9,19 @@
 //! A transport knows regions, interrupts and bytes. It knows nothing of PCI or of the device: the
 //! [`Server`](crate::Server) does.
 
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use crate::error::{Errno, Result};
 use crate::memory::SharedMemory;
-use crate::region::RegionInfo;
+use crate::region::{Area, AreaKind, RegionInfo};
 
+pub(crate) mod dma;
 pub mod kernel;
 pub mod memory;
+
+pub use dma::{Acquired, DirtyLog, DmaAccess, GuestMemory, IovaRange, Piece, RemoteMemory};
 
 pub use kernel::KernelTransport;
 pub use memory::MemoryTransport;
@@ -75,7 +78,7 @@ impl Description {
     }
 }
 
-/// Memory of one mappable area, as [`Transport::attach`] returns it.
+/// Memory of one area, as [`Transport::attach`] returns it.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct AreaMemory {
@@ -83,18 +86,67 @@ pub struct AreaMemory {
     pub region: u32,
     /// The area's offset in the region.
     pub offset: u64,
+    /// What the area is.
+    pub kind: AreaKind,
     /// Its memory.
     pub memory: SharedMemory,
 }
 
 impl AreaMemory {
-    /// The memory of the area at `offset` of `region`.
-    pub(crate) const fn new(region: u32, offset: u64, memory: SharedMemory) -> Self {
+    /// The memory of an area of `region`.
+    pub(crate) const fn new(region: u32, area: &Area, memory: SharedMemory) -> Self {
         Self {
             region,
-            offset,
+            offset: area.offset,
+            kind: area.kind,
             memory,
         }
+    }
+}
+
+/// How a server attaches.
+///
+/// # Examples
+///
+/// ```
+/// use libmuser::transport::AttachOptions;
+///
+/// let options = AttachOptions::new().standby(true);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct AttachOptions {
+    /// Whether to wait, while another server serves the device, until it hands it over.
+    pub standby: bool,
+    /// Threads that will serve, so requests that are taken and not answered at one time; 0: one.
+    pub threads: usize,
+    /// Bytes of memory which outlive the server; the [`Server`](crate::Server) sets it.
+    pub state_size: usize,
+}
+
+impl AttachOptions {
+    /// Attaches for one thread, if nobody else serves the device.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            standby: false,
+            threads: 0,
+            state_size: 0,
+        }
+    }
+
+    /// Says whether to wait, while another server serves the device, until that one hands it over
+    /// ([`Ended::HandedOver`](crate::Ended::HandedOver)) or is gone. Otherwise that is an error
+    /// ([`Error::is_busy`](crate::Error::is_busy)).
+    #[must_use]
+    pub const fn standby(self, standby: bool) -> Self {
+        Self { standby, ..self }
+    }
+
+    /// Says how many threads will serve.
+    #[must_use]
+    pub const fn threads(self, threads: usize) -> Self {
+        Self { threads, ..self }
     }
 }
 
@@ -104,20 +156,94 @@ impl AreaMemory {
 pub struct Attachment {
     /// Fires its interrupts.
     pub trigger: Arc<dyn Trigger>,
-    /// The memory of each mappable area.
+    /// The memory of each area.
     pub memory: Vec<AreaMemory>,
+    /// The client's memory.
+    pub dma: Arc<dyn GuestMemory>,
+    /// Memory that outlives the server: what an earlier one left there, at first zeroes. As many
+    /// bytes as were asked for, or more.
+    pub state: Option<SharedMemory>,
+    /// Whether the device was served before.
+    pub recovered: bool,
 }
 
 impl Attachment {
-    /// An attachment with this trigger, and memory for each mappable area of the description.
-    pub(crate) const fn new(trigger: Arc<dyn Trigger>, memory: Vec<AreaMemory>) -> Self {
-        Self { trigger, memory }
+    /// An attachment with this trigger, memory for each area of the description, and the client's.
+    pub(crate) const fn new(
+        trigger: Arc<dyn Trigger>,
+        memory: Vec<AreaMemory>,
+        dma: Arc<dyn GuestMemory>,
+    ) -> Self {
+        Self {
+            trigger,
+            memory,
+            dma,
+            state: None,
+            recovered: false,
+        }
     }
 }
 
-/// Names a request towards the transport that it came from.
+/// Names a request of a device: no two requests in a device's life have the same, but a replay has
+/// that of the request which it replays.
+///
+/// # Invariants
+///
+/// Of requests that are in flight at one time, the [places](Self::place) differ.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(u64);
+
+impl RequestId {
+    /// What is not a request has this id.
+    pub(crate) const NONE: Self = Self(0);
+    /// Places are below this (`muser_slot.id` in the ABI: the low 16 bits are below 512).
+    pub(crate) const PLACES: usize = 512;
+
+    pub(crate) const fn new(number: u64) -> Self {
+        Self(number)
+    }
+
+    pub(crate) const fn number(self) -> u64 {
+        self.0
+    }
+
+    /// The place in the queue, which no other request has meanwhile.
+    pub(crate) const fn place(self) -> usize {
+        (self.0 & 0xffff) as usize
+    }
+}
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+/// Names a request towards the transport that it came from, which finds in it what it needs for the
+/// reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Token(pub u64);
+pub struct Token {
+    request: RequestId,
+    slot: u32,
+    /// Whether the reply has data.
+    reads: bool,
+}
+
+impl Token {
+    pub(crate) const fn new(request: RequestId, slot: u32, reads: bool) -> Self {
+        Self {
+            request,
+            slot,
+            reads,
+        }
+    }
+
+    /// The request.
+    #[must_use]
+    pub const fn request(&self) -> RequestId {
+        self.request
+    }
+}
 
 /// What a client asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,6 +269,21 @@ pub enum Operation {
     Reset {
         /// Because the last client closed the device, rather than for its wish.
         close: bool,
+    },
+    /// Let go of memory that the client unmaps, of which the device has used some. With the reply
+    /// it goes.
+    Unmap {
+        /// First IOVA.
+        iova: u64,
+        /// Bytes.
+        length: u64,
+    },
+    /// A client has rung, or may have: nobody waits for the reply.
+    Doorbell {
+        /// The region's index.
+        region: u32,
+        /// Where the doorbell's area starts.
+        offset: u64,
     },
     /// Something that this version of the library does not know.
     Unknown,
@@ -198,14 +339,16 @@ pub enum Take {
 ///
 /// The file descriptor is readable when [`turn`](Self::turn) with [`Take::Ready`] would find a
 /// request, or the device was removed.
-pub trait Transport: sealed::Sealed + AsFd + Debug + Send {
+///
+/// Any number of threads may take turns at the same time, each with a buffer of its own.
+pub trait Transport: sealed::Sealed + AsFd + Debug + Send + Sync {
     /// Becomes the one that serves the device, which is described at the same time.
     ///
     /// # Errors
     ///
     /// [`Error::is_refused`](crate::Error::is_refused): the device has a server, or was described
     /// differently before. The message says what differs or what is wrong.
-    fn attach(&mut self, description: &Description) -> Result<Attachment>;
+    fn attach(&mut self, description: &Description, options: &AttachOptions) -> Result<Attachment>;
 
     /// Replies to a request, if one is given, and takes the next, if wanted: both at once, so that
     /// a transport can do it in one system call.
@@ -214,14 +357,16 @@ pub trait Transport: sealed::Sealed + AsFd + Debug + Send {
     ///
     /// # Errors
     ///
-    /// [`Error::is_removed`](crate::Error::is_removed) at the end of the device. Any error means
-    /// that no more requests can be had.
-    fn turn(
-        &mut self,
-        reply: Option<Reply>,
-        take: Take,
-        data: &mut Vec<u8>,
-    ) -> Result<Option<Request>>;
+    /// [`Error::is_removed`](crate::Error::is_removed) at the end of the device, and
+    /// [`Error::is_handed_over`](crate::Error::is_handed_over) when a successor waits: nothing was
+    /// taken then, and what was taken before can still be replied to. Any other error means that no
+    /// more requests can be had.
+    fn turn(&self, reply: Option<Reply>, take: Take, data: &mut Vec<u8>)
+        -> Result<Option<Request>>;
+
+    /// Ends the attachment: what was taken and not replied to is for the next server. It can't
+    /// attach again.
+    fn detach(&self);
 }
 
 /// Fires interrupts, from any thread. The library implements it, and nobody else can.

@@ -24,7 +24,13 @@ pub(super) fn sentence(attach: &muser_attach, description: &Description, errno: 
         ),
         MUSER_FAULT_BUS => "the device is not of the type muser-pci".into(),
         MUSER_FAULT_LIMIT => {
-            let what = ["regions", "areas", "interrupt indexes", "slots"];
+            let what = [
+                "regions",
+                "areas",
+                "interrupt indexes",
+                "slots",
+                "interrupt vectors (the device's attribute max_vectors)",
+            ];
             format!(
                 "there are too many {}",
                 what.get(index).unwrap_or(&"of something")
@@ -55,6 +61,11 @@ pub(super) fn sentence(attach: &muser_attach, description: &Description, errno: 
         }
         MUSER_FAULT_NO_CONFIG => "it has no configuration space".into(),
         MUSER_FAULT_MEMORY => "its mappable areas exceed the device's attribute max_memory".into(),
+        MUSER_FAULT_STATE => "its state exceeds the device's attribute max_state".into(),
+        MUSER_FAULT_STANDBY => "another process waits in standby already".into(),
+        MUSER_FAULT_USER_MEMORY => {
+            "its areas exceed what is left to its creator (max_user_memory)".into()
+        }
         MUSER_FAULT_NONE => errno.desc().to_string(),
         fault => format!("fault {fault} at {index}, of which this program knows no meaning"),
     }
@@ -117,13 +128,13 @@ mod tests {
 
     #[test]
     fn every_fault_has_a_sentence_of_its_own() {
-        let mut sentences: Vec<_> = (MUSER_FAULT_VERSION..=MUSER_FAULT_MEMORY)
+        let mut sentences: Vec<_> = (MUSER_FAULT_VERSION..=MUSER_FAULT_USER_MEMORY)
             .map(|fault| sentence_of(fault, 0))
             .collect();
         sentences.sort();
         sentences.dedup();
 
-        assert_eq!(sentences.len(), MUSER_FAULT_MEMORY as usize);
+        assert_eq!(sentences.len(), MUSER_FAULT_USER_MEMORY as usize);
         assert!(sentences
             .iter()
             .all(|sentence| !sentence.contains("no meaning")));

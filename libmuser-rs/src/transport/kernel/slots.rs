@@ -8,7 +8,7 @@ use nix::errno::Errno as Number;
 use vm_memory::Bytes;
 use zerocopy::FromBytes;
 
-use super::{to_usize, Taken};
+use super::to_usize;
 use crate::error::{Error, Result};
 use crate::sys::{self, Mapping};
 
@@ -46,9 +46,9 @@ impl Slots {
         self.copy(self.mapping.slice().read_slice(data, offset))
     }
 
-    pub(super) fn put(&self, taken: Taken, result: i32, data: &[u8]) -> Result<()> {
+    pub(super) fn put(&self, slot: u32, result: i32, data: &[u8]) -> Result<()> {
         let slice = self.mapping.slice();
-        let offset = self.offset(taken.slot);
+        let offset = self.offset(slot);
         let field = offset.saturating_add(std::mem::offset_of!(muser_slot, result));
         self.copy(slice.write_obj(result, field))?;
         self.copy(slice.write_slice(data, offset.saturating_add(Self::HEAD)))
@@ -129,17 +129,7 @@ mod tests {
             .write_slice(head.as_bytes(), STRIDE as usize)
             .unwrap();
 
-        slots
-            .put(
-                Taken {
-                    slot: 1,
-                    id: 7,
-                    reads: true,
-                },
-                -5,
-                &[9, 8],
-            )
-            .unwrap();
+        slots.put(1, -5, &[9, 8]).unwrap();
 
         assert_eq!(slots.head(1).unwrap(), muser_slot { result: -5, ..head });
         assert_eq!(

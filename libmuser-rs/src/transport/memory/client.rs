@@ -9,10 +9,10 @@ use std::sync::Arc;
 use muser_uapi::MUSER_SLOT_DATA;
 use nix::errno::Errno as Number;
 
-use super::queue::Described;
+use super::queue::{Described, Queue};
 use super::Removal;
 use crate::memory::SharedMemory;
-use crate::region::RegionInfo;
+use crate::region::{Area, AreaKind, RegionInfo};
 use crate::transport::{Description, IrqInfo, Operation};
 
 /// What `VFIO_DEVICE_SET_IRQS` does with vectors (`VFIO_IRQ_SET_ACTION_*`).
@@ -78,6 +78,10 @@ impl Client {
         Ok(Self { device, described })
     }
 
+    pub(super) fn queue(&self) -> &Queue {
+        &self.device.0
+    }
+
     /// The device's regions and interrupts.
     #[must_use]
     pub fn description(&self) -> &Description {
@@ -135,9 +139,14 @@ impl Client {
         self.in_parts(info, offset, count, |at, part, memory| {
             let part = &data[part];
             if let Some((memory, offset)) = memory {
-                return Ok(memory
+                memory
                     .write_bytes(offset, part)
-                    .map_err(|error| error.errno())?);
+                    .map_err(|error| error.errno())?;
+                let area = info.areas.iter().find(|area| holds(area, at));
+                if let Some(area) = area.filter(|area| area.kind == AreaKind::Doorbell) {
+                    self.device.0.ring(region, area.offset);
+                }
+                return Ok(());
             }
             let operation = Operation::Write { region, offset: at };
             self.device.0.request(operation, part.to_vec()).map(drop)
@@ -179,7 +188,9 @@ impl Client {
     /// `EINVAL`: no mappable area starts there.
     pub fn map(&self, region: u32, offset: u64) -> io::Result<SharedMemory> {
         let mut areas = self.described.memory.iter();
-        let area = areas.find(|area| area.region == region && area.offset == offset);
+        let area = areas.find(|area| {
+            area.region == region && area.offset == offset && area.kind == AreaKind::Mappable
+        });
         Ok(area.ok_or(Number::EINVAL)?.memory.clone())
     }
 
@@ -207,20 +218,20 @@ impl Client {
             Option<(&SharedMemory, usize)>,
         ) -> io::Result<()>,
     ) -> io::Result<usize> {
+        let posted = self.device.0.has_posted_doorbells();
         let mut done = 0;
         while done < count {
             let at = offset + done as u64;
-            let area = region
-                .areas
-                .iter()
-                .find(|area| (area.offset..area.end()).contains(&at));
+            let area = region.areas.iter().find(|area| holds(area, at));
             let next = region
                 .areas
                 .iter()
                 .map(|area| area.offset)
                 .find(|start| *start > at);
+            let in_memory = area.filter(|area| area.kind == AreaKind::Mappable || posted);
             let limit = match (area, next) {
-                (Some(area), _) => area.end() - at,
+                (Some(area), _) if in_memory.is_some() => area.end() - at,
+                (Some(area), _) => (area.end() - at).min(MUSER_SLOT_DATA.into()),
                 (None, next) => {
                     let gap = next.map_or(u64::MAX, |next| next - at);
                     gap.min(MUSER_SLOT_DATA.into())
@@ -229,7 +240,7 @@ impl Client {
             let len = usize::try_from(limit)
                 .unwrap_or(usize::MAX)
                 .min(count - done);
-            let memory = area.and_then(|area| {
+            let memory = in_memory.and_then(|area| {
                 let mut memory = self.described.memory.iter();
                 let memory =
                     memory.find(|m| m.region == region.index && m.offset == area.offset)?;
@@ -243,6 +254,10 @@ impl Client {
         }
         Ok(done)
     }
+}
+
+fn holds(area: &Area, offset: u64) -> bool {
+    (area.offset..area.end()).contains(&offset)
 }
 
 fn clamp(region: &RegionInfo, offset: u64, count: usize) -> usize {

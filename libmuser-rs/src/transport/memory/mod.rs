@@ -36,14 +36,16 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Attachment, Description, Reply, Request, Take, Transport};
+use super::{AttachOptions, Attachment, Description, Reply, Request, Take, Transport};
 use crate::error::{Error, Result};
 
 mod client;
+mod dma;
 mod irqs;
 mod queue;
 
 pub use client::{Client, IrqAction, IrqData};
+pub use dma::ClientMemory;
 
 pub(super) use irqs::Irqs;
 use queue::Queue;
@@ -101,10 +103,24 @@ impl Host {
         self.queue.0.remove();
     }
 
+    /// Says whether a write to a [doorbell](crate::Bar::doorbells) is over before the server hears
+    /// of it, as over `muser.ko`, or is an ordinary write, as over a transport without doorbells.
+    /// It is over before otherwise.
+    pub fn set_posted_doorbells(&self, posted: bool) {
+        self.queue.0.set_posted_doorbells(posted);
+    }
+
     /// Sets how long a request waits while no server is attached; then it fails with `ETIMEDOUT`.
     /// 5 seconds otherwise, as the attribute `reattach_timeout_ms` of a device of `muser.ko`.
     pub fn set_reattach_timeout(&self, timeout: Duration) {
         self.queue.0.set_reattach_timeout(timeout);
+    }
+
+    /// Sets how long a client that unmaps memory which the device has used waits for the server;
+    /// then the memory goes. 1 second otherwise, as the attribute `unmap_timeout_ms` of a device of
+    /// `muser.ko`.
+    pub fn set_unmap_timeout(&self, timeout: Duration) {
+        self.queue.0.set_unmap_timeout(timeout);
     }
 }
 
@@ -126,14 +142,18 @@ pub struct MemoryTransport {
 }
 
 impl Transport for MemoryTransport {
-    fn attach(&mut self, description: &Description) -> Result<Attachment> {
-        let (id, memory) = self.queue.attach(description)?;
-        self.attachment = Some(id);
-        Ok(Attachment::new(self.queue.irqs(), memory))
+    fn attach(&mut self, description: &Description, options: &AttachOptions) -> Result<Attachment> {
+        let attached = self.queue.attach(description, options)?;
+        self.attachment = Some(attached.id);
+        Ok(Attachment {
+            state: Some(attached.state),
+            recovered: attached.id > 1,
+            ..Attachment::new(self.queue.irqs(), attached.memory, self.queue.dma())
+        })
     }
 
     fn turn(
-        &mut self,
+        &self,
         reply: Option<Reply>,
         take: Take,
         data: &mut Vec<u8>,
@@ -146,6 +166,12 @@ impl Transport for MemoryTransport {
         }
         self.queue.take(attachment, take, data)
     }
+
+    fn detach(&self) {
+        if let Some(attachment) = self.attachment {
+            self.queue.detach(attachment);
+        }
+    }
 }
 
 impl AsFd for MemoryTransport {
@@ -156,8 +182,6 @@ impl AsFd for MemoryTransport {
 
 impl Drop for MemoryTransport {
     fn drop(&mut self) {
-        if let Some(attachment) = self.attachment {
-            self.queue.detach(attachment);
-        }
+        self.detach();
     }
 }

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The life of a request: queued, taken, answered; put back when the server goes away.
+//!
+//! As in `muser.ko`, a reset is a barrier: it is taken when nothing else is taken any more, and
+//! nothing is taken until it has ended.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::fs::File;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,16 +12,25 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno as Number;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::memfd::{memfd_create, MFdFlags};
 
 use super::irqs::Irqs;
 use crate::error::{Errno, Error, Result};
 use crate::memory::SharedMemory;
-use crate::sys::Mapping;
-use crate::transport::{AreaMemory, Description, Operation, Reply, Request, Take, Token};
+use crate::region::AreaKind;
+use crate::transport::dma::DmaTable;
+use crate::transport::{
+    AreaMemory, AttachOptions, Description, Operation, Reply, Request, RequestId, Take, Token,
+};
 
 /// How long a request waits for a server, if nothing else is said; as `muser.ko` has it.
 const REATTACH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long an unmap waits for the server, if nothing else is said; as `muser.ko` has it.
+const UNMAP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Requests in flight at one time, as `muser.ko` has them.
+#[expect(clippy::cast_possible_truncation, reason = "they are 512")]
+const PLACES: u16 = RequestId::PLACES as u16;
 
 /// A device and its requests.
 #[derive(Debug)]
@@ -29,9 +40,10 @@ pub(super) struct Queue {
     work: Condvar,
     /// Something that a client may wait for has happened.
     progress: Condvar,
-    /// Readable while a request waits, or the device is removed.
+    /// Readable while a turn would find something: a request, a ring, a successor, the removal.
     event: EventFd,
     irqs: Arc<Irqs>,
+    dma: Arc<DmaTable>,
 }
 
 #[derive(Debug)]
@@ -39,15 +51,26 @@ struct State {
     device: Option<Described>,
     removed: bool,
     attached: Option<u64>,
+    /// Whether a server waits for the attached one to detach.
+    standby: bool,
     attachments: u64,
+    /// Places in the queue that no request has.
+    places: Vec<u16>,
     requests: u64,
     waiting: VecDeque<Pending>,
-    taken: BTreeMap<u64, Pending>,
-    answered: BTreeMap<u64, Answer>,
+    taken: BTreeMap<RequestId, Pending>,
+    answered: BTreeMap<RequestId, Answer>,
+    /// Doorbells that were rung and not answered yet, by region and offset.
+    rung: BTreeSet<(u32, u64)>,
+    /// Whether a write to a doorbell is over before the server hears of it.
+    posted: bool,
+    /// What outlives servers.
+    memory: Option<SharedMemory>,
     clients: usize,
     /// Whether `event` is readable.
     readable: bool,
     reattach_timeout: Duration,
+    unmap_timeout: Duration,
 }
 
 /// What the first server described.
@@ -57,9 +80,16 @@ pub(super) struct Described {
     pub(super) memory: Vec<AreaMemory>,
 }
 
+/// What a server gets.
+pub(super) struct Attached {
+    pub(super) id: u64,
+    pub(super) memory: Vec<AreaMemory>,
+    pub(super) state: SharedMemory,
+}
+
 #[derive(Debug)]
 struct Pending {
-    id: u64,
+    id: RequestId,
     operation: Operation,
     data: Vec<u8>,
     replay: bool,
@@ -82,14 +112,20 @@ impl Queue {
             device: None,
             removed: false,
             attached: None,
+            standby: false,
             attachments: 0,
+            places: (0..PLACES).rev().collect(),
             requests: 0,
             waiting: VecDeque::new(),
             taken: BTreeMap::new(),
             answered: BTreeMap::new(),
+            rung: BTreeSet::new(),
+            posted: true,
+            memory: None,
             clients: 0,
             readable: false,
             reattach_timeout: REATTACH_TIMEOUT,
+            unmap_timeout: UNMAP_TIMEOUT,
         };
         Ok(Self {
             state: Mutex::new(state),
@@ -97,6 +133,7 @@ impl Queue {
             progress: Condvar::new(),
             event,
             irqs: Arc::default(),
+            dma: Arc::default(),
         })
     }
 
@@ -104,8 +141,31 @@ impl Queue {
         Arc::clone(&self.irqs)
     }
 
+    pub(super) fn dma(&self) -> Arc<DmaTable> {
+        Arc::clone(&self.dma)
+    }
+
+    pub(super) fn set_unmap_timeout(&self, timeout: Duration) {
+        self.lock().unmap_timeout = timeout;
+    }
+
     pub(super) fn set_reattach_timeout(&self, timeout: Duration) {
         self.lock().reattach_timeout = timeout;
+    }
+
+    pub(super) fn set_posted_doorbells(&self, posted: bool) {
+        self.lock().posted = posted;
+    }
+
+    pub(super) fn has_posted_doorbells(&self) -> bool {
+        self.lock().posted
+    }
+
+    /// A client has written to the doorbell area at `offset` of a region.
+    pub(super) fn ring(&self, region: u32, offset: u64) {
+        let mut state = self.lock();
+        state.rung.insert((region, offset));
+        self.changed(&mut state);
     }
 
     pub(super) fn remove(&self) {
@@ -131,6 +191,7 @@ impl Queue {
         state.clients -= 1;
         if state.clients == 0 {
             self.irqs.disable_all();
+            self.dma.clear();
             for area in state.device.iter().flat_map(|device| &device.memory) {
                 area.memory.clear();
             }
@@ -140,6 +201,7 @@ impl Queue {
                 .back()
                 .is_some_and(|last| last.operation == reset);
             if !doubled {
+                // Nobody is there any more who could have the places.
                 state.enqueue(reset, Vec::new(), false);
                 self.changed(&mut state);
             }
@@ -152,6 +214,7 @@ impl Queue {
         if state.removed {
             return Err(Number::ENODEV.into());
         }
+        state = self.wait_for_place(state);
         let id = state.enqueue(operation, data, true);
         self.changed(&mut state);
         let mut unserved_since = None;
@@ -162,7 +225,7 @@ impl Queue {
             if state.removed {
                 return Err(Number::ENODEV.into());
             }
-            if state.attached.is_some() {
+            if state.attached.is_some() || state.standby {
                 unserved_since = None;
                 state = self
                     .progress
@@ -173,7 +236,7 @@ impl Queue {
             let since = *unserved_since.get_or_insert_with(Instant::now);
             let left = state.reattach_timeout.saturating_sub(since.elapsed());
             if left.is_zero() {
-                state.waiting.retain(|pending| pending.id != id);
+                state.withdraw(id);
                 self.changed(&mut state);
                 return Err(Number::ETIMEDOUT.into());
             }
@@ -182,26 +245,57 @@ impl Queue {
         }
     }
 
+    /// Tells the server, if there is one, that memory goes away, and waits for its reply; but not
+    /// for long.
+    pub(super) fn announce_unmap(&self, iova: u64, length: u64) {
+        let mut state = self.lock();
+        if state.removed || state.attached.is_none() {
+            return;
+        }
+        let attachment = state.attached;
+        state = self.wait_for_place(state);
+        let id = state.enqueue(Operation::Unmap { iova, length }, Vec::new(), true);
+        self.changed(&mut state);
+        let deadline = Instant::now() + state.unmap_timeout;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let answered = state.answered.remove(&id).is_some();
+            if answered || state.removed || state.attached != attachment || left.is_zero() {
+                break;
+            }
+            let wait = self.progress.wait_timeout(state, left);
+            state = wait.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        // A reply which comes after all finds nobody who waits for it.
+        state.withdraw(id);
+        if let Some(pending) = state.taken.get_mut(&id) {
+            pending.awaited = false;
+        }
+        self.changed(&mut state);
+    }
+
     /// A server attaches, with a description that must be the one which the device has.
-    pub(super) fn attach(&self, description: &Description) -> Result<(u64, Vec<AreaMemory>)> {
+    pub(super) fn attach(
+        &self,
+        description: &Description,
+        options: &AttachOptions,
+    ) -> Result<Attached> {
         let mut state = self.lock();
         if state.removed {
             return Err(Error::removed());
         }
-        if state.attached.is_some() {
+        let same = |device: &Described| *device.description == *description;
+        if !state.device.as_ref().is_none_or(same) {
             return Err(Error::refused(
-                libc::EBUSY,
-                "another server serves it already",
+                libc::ESTALE,
+                "it was described differently before",
             ));
         }
+        if state.attached.is_some() {
+            state = self.stand_by(state, options)?;
+        }
         let memory = match &state.device {
-            Some(device) if *device.description == *description => device.memory.clone(),
-            Some(_) => {
-                return Err(Error::refused(
-                    libc::ESTALE,
-                    "it was described differently before",
-                ));
-            }
+            Some(device) => device.memory.clone(),
             None => {
                 let memory = allocate(description)?;
                 let described = Arc::new(description.clone());
@@ -213,10 +307,48 @@ impl Queue {
                 memory
             }
         };
+        let outlives = grow(state.memory.as_ref(), options.state_size)?;
+        state.memory = Some(outlives.clone());
         state.attachments += 1;
         state.attached = Some(state.attachments);
-        self.progress.notify_all();
-        Ok((state.attachments, memory))
+        if state.posted {
+            // A client may have rung while nobody listened.
+            let doorbells = memory.iter().filter(|area| area.kind == AreaKind::Doorbell);
+            state.rung = doorbells.map(|area| (area.region, area.offset)).collect();
+        }
+        self.changed(&mut state);
+        Ok(Attached {
+            id: state.attachments,
+            memory,
+            state: outlives,
+        })
+    }
+
+    /// Waits until no server is attached any more; the one which is hears of it.
+    fn stand_by<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        options: &AttachOptions,
+    ) -> Result<MutexGuard<'a, State>> {
+        if !options.standby || state.standby {
+            let message = if options.standby {
+                "another server waits in standby already"
+            } else {
+                "another server serves it already"
+            };
+            return Err(Error::refused(libc::EBUSY, message));
+        }
+        state.standby = true;
+        self.changed(&mut state);
+        while state.attached.is_some() && !state.removed {
+            let wait = self.progress.wait(state);
+            state = wait.unwrap_or_else(PoisonError::into_inner);
+        }
+        state.standby = false;
+        if state.removed {
+            return Err(Error::removed());
+        }
+        Ok(state)
     }
 
     /// A server goes away: what it has taken returns to its place in the queue.
@@ -237,14 +369,19 @@ impl Queue {
     }
 
     pub(super) fn reply(&self, attachment: u64, reply: Reply, data: &[u8]) -> Result<()> {
+        let request = reply.token.request();
+        if request == RequestId::NONE {
+            // A ring, which nobody waits for.
+            return Ok(());
+        }
         let mut state = self.lock();
-        let pending = state.taken.remove(&reply.token.0).filter(|_| {
-            // A server which is not attached any more has nothing taken.
-            state.attached == Some(attachment)
-        });
-        let Some(pending) = pending else {
+        if state.attached != Some(attachment) {
+            return Err(Error::io("replying to a request", Number::ENOTCONN));
+        }
+        let Some(pending) = state.taken.remove(&request) else {
             return Err(Error::io("replying to a request not taken", Number::ENOMSG));
         };
+        state.release(request);
         if pending.awaited {
             let reads = matches!(pending.operation, Operation::Read { .. });
             let data = if reads { data.to_vec() } else { Vec::new() };
@@ -255,8 +392,8 @@ impl Queue {
                     data,
                 },
             );
-            self.progress.notify_all();
         }
+        self.changed(&mut state);
         Ok(())
     }
 
@@ -271,12 +408,26 @@ impl Queue {
             if state.removed {
                 return Err(Error::removed());
             }
-            if state.attached != Some(attachment) || take == Take::Nothing {
+            if take == Take::Nothing {
                 return Ok(None);
             }
-            if let Some(pending) = state.waiting.pop_front() {
+            if state.attached != Some(attachment) {
+                return Err(Error::io("taking a request", Number::ENOTCONN));
+            }
+            if state.standby {
+                return Err(Error::handed_over());
+            }
+            if let Some((region, offset)) = state.rung.pop_first() {
+                self.changed(&mut state);
+                let token = Token::new(RequestId::NONE, 0, false);
+                let operation = Operation::Doorbell { region, offset };
+                return Ok(Some(Request::new(token, operation)));
+            }
+            if let Some(pending) = state.next() {
                 data.clone_from(&pending.data);
-                let request = Request::new(Token(pending.id), pending.operation);
+                let reads = matches!(pending.operation, Operation::Read { .. });
+                let token = Token::new(pending.id, 0, reads);
+                let request = Request::new(token, pending.operation);
                 let request = Request {
                     replay: pending.replay,
                     ..request
@@ -295,13 +446,20 @@ impl Queue {
         }
     }
 
+    fn wait_for_place<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        let full = |state: &mut State| state.places.is_empty() && !state.removed;
+        let wait = self.progress.wait_while(state, full);
+        wait.unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Wakes who may wait for it, and keeps the event readable while there is something to take.
     fn changed(&self, state: &mut State) {
-        let readable = state.removed || !state.waiting.is_empty();
+        let readable =
+            state.removed || state.standby || !state.rung.is_empty() || state.is_takeable();
         if readable != state.readable {
             state.readable = readable;
             // Neither can fail: the counter is 0 before the write and 1 before the read.
@@ -317,9 +475,39 @@ impl Queue {
 }
 
 impl State {
-    fn enqueue(&mut self, operation: Operation, data: Vec<u8>, awaited: bool) -> u64 {
+    /// Whether the first request that waits can be taken now.
+    fn is_takeable(&self) -> bool {
+        let is_reset = |pending: &Pending| matches!(pending.operation, Operation::Reset { .. });
+        let resetting = self.taken.values().any(is_reset);
+        let first = self.waiting.front();
+        first.is_some_and(|first| !resetting && (self.taken.is_empty() || !is_reset(first)))
+    }
+
+    fn next(&mut self) -> Option<Pending> {
+        let takeable = self.is_takeable();
+        takeable.then(|| self.waiting.pop_front()).flatten()
+    }
+
+    /// Takes a request back that nobody has taken.
+    fn withdraw(&mut self, id: RequestId) {
+        let before = self.waiting.len();
+        self.waiting.retain(|pending| pending.id != id);
+        if self.waiting.len() < before {
+            self.release(id);
+        }
+    }
+
+    /// The request has ended, so another may have its place.
+    fn release(&mut self, id: RequestId) {
+        self.places
+            .extend(u16::try_from(id.place()).ok().filter(|at| *at < PLACES));
+    }
+
+    fn enqueue(&mut self, operation: Operation, data: Vec<u8>, awaited: bool) -> RequestId {
         self.requests += 1;
-        let id = self.requests;
+        // One that nobody waits for finds a place too: clients have none by then.
+        let place = self.places.pop().unwrap_or(PLACES - 1);
+        let id = RequestId::new(self.requests << 16 | u64::from(place));
         self.waiting.push_back(Pending {
             id,
             operation,
@@ -337,22 +525,29 @@ impl AsFd for Queue {
     }
 }
 
-/// Memory for each mappable area, zeroed.
+/// Memory that outlives servers, of at least that size, with what was in it before.
+fn grow(before: Option<&SharedMemory>, size: usize) -> Result<SharedMemory> {
+    if let Some(before) = before.filter(|before| before.len() >= size) {
+        return Ok(before.clone());
+    }
+    let memory = SharedMemory::anonymous(size.max(1))?;
+    if let Some(before) = before {
+        let mut content = vec![0; before.len()];
+        before.read_bytes(0, &mut content)?;
+        memory.write_bytes(0, &content)?;
+    }
+    Ok(memory)
+}
+
+/// Memory for each area, zeroed.
 fn allocate(description: &Description) -> Result<Vec<AreaMemory>> {
     let regions = description.regions.iter();
     let areas = regions.flat_map(|region| region.areas.iter().map(move |area| (region, area)));
     let memory = areas.map(|(region, area)| {
-        let failed = |errno| Error::io("allocating shared memory", errno);
-        let file = File::from(memfd_create("muser", MFdFlags::MFD_CLOEXEC).map_err(failed)?);
-        file.set_len(area.size)
-            .map_err(|error| Error::io("allocating shared memory", error))?;
-        let len = usize::try_from(area.size).map_err(|_| failed(Number::ENOMEM))?;
-        let mapping = Mapping::new(file.as_fd(), 0, len, true).map_err(failed)?;
-        Ok(AreaMemory::new(
-            region.index,
-            area.offset,
-            SharedMemory::new(mapping),
-        ))
+        let len = usize::try_from(area.size)
+            .map_err(|_| Error::io("allocating shared memory", Number::ENOMEM))?;
+        let memory = SharedMemory::anonymous(len)?;
+        Ok(AreaMemory::new(region.index, area, memory))
     });
     memory.collect()
 }

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The handle that stops a server from another thread.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::error::{Error, Result};
+
+/// Stops a server from another thread. A handle: clone it.
+#[derive(Clone, Debug)]
+pub struct Stop {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    event: EventFd,
+    death: Mutex<Option<Moment>>,
+}
+
+/// Where [`Stop::die_at`] leaves a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Moment {
+    /// Taken, and nothing done of it.
+    Taken,
+    /// Done, and not replied to.
+    Replying,
+}
+
+impl Stop {
+    /// A handle that stops nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// The process has no file descriptors left.
+    pub fn new() -> Result<Self> {
+        let event =
+            EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+                .map_err(|errno| Error::io("making an eventfd", errno))?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                event,
+                death: Mutex::new(None),
+            }),
+        })
+    }
+
+    /// Stops the servers that [run until](crate::Server::run_until) this handle is used, now and
+    /// later, after the requests that each is at.
+    pub fn stop(&self) {
+        // A full counter is readable just as well.
+        let _ = self.inner.event.write(1);
+    }
+
+    /// Ends the server with its next request as if its process were killed there: no reply is sent,
+    /// and what the device does from then on leaves no trace. For tests of recovery.
+    /// The run ends with [`Ended::Abandoned`](crate::Ended::Abandoned).
+    pub fn die_at(&self, moment: Moment) {
+        let death = self.inner.death.lock();
+        *death.unwrap_or_else(PoisonError::into_inner) = Some(moment);
+    }
+
+    /// Whether it is time to die, once.
+    pub(super) fn takes_death(&self, moment: Moment) -> bool {
+        let death = self.inner.death.lock();
+        let mut death = death.unwrap_or_else(PoisonError::into_inner);
+        death.take_if(|at| *at == moment).is_some()
+    }
+}
+
+impl AsFd for Stop {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.event.as_fd()
+    }
+}

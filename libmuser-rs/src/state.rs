@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! State that survives the process: what a device keeps, and what the library keeps of its function.
+//!
+//! It lies in memory which the transport holds and the next process finds. All changes go through
+//! a [journal], so that a kill at any instruction leaves the state before a change or the one
+//! after; with a change goes the [entry](once) which says that an access is done.
+
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::error::{Errno, Error, Result};
+use crate::memory::SharedMemory;
+use crate::region::Access;
+use crate::transport::RequestId;
+
+mod journal;
+mod once;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use journal::Parts;
+pub(crate) use once::Key;
+
+use journal::Journal;
+use once::{Endings, Found};
+
+/// All state of a device.
+#[derive(Debug)]
+pub(crate) struct Store {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    journal: Journal,
+    endings: Endings,
+}
+
+impl Store {
+    /// Takes over what is in the memory, or begins with `initial` in the library's part; tells which.
+    pub(crate) fn open(memory: SharedMemory, parts: Parts, initial: &[u8]) -> Result<(Self, bool)> {
+        let (journal, recovered) = Journal::open(memory, parts, initial)?;
+        let inner = Mutex::new(Inner {
+            journal,
+            endings: Endings::default(),
+        });
+        Ok((Self { inner }, recovered))
+    }
+
+    /// The library's part.
+    pub(crate) fn library(&self) -> Vec<u8> {
+        let inner = self.lock();
+        inner.journal.home()[..inner.journal.parts().library].to_vec()
+    }
+
+    /// Saves the library's part, and that something is done.
+    pub(crate) fn save_library(&self, new: &[u8], done: Option<(Key, u64)>) -> Result<()> {
+        self.lock().save(0, new, done)
+    }
+
+    /// The result of what is done already.
+    pub(crate) fn done(&self, key: Key) -> Option<u64> {
+        let inner = self.lock();
+        match inner.find(key) {
+            Found::Done(result) => Some(result),
+            Found::Free(_) | Found::Full => None,
+        }
+    }
+
+    /// The reply to this request was accepted.
+    pub(crate) fn ended(&self, request: RequestId) {
+        self.lock().endings.add(request);
+    }
+
+    /// From now on nothing is saved: the next server may have the memory.
+    pub(crate) fn seal(&self) {
+        self.lock().journal.seal();
+    }
+
+    pub(crate) fn is_sealed(&self) -> bool {
+        self.lock().journal.is_sealed()
+    }
+
+    fn author(&self) -> Vec<u8> {
+        let inner = self.lock();
+        let parts = *inner.journal.parts();
+        inner.journal.home()[parts.at_author()..][..parts.author].to_vec()
+    }
+
+    fn save_author(&self, new: &[u8], done: Option<(Key, u64)>) -> Result<()> {
+        let mut inner = self.lock();
+        let at = inner.journal.parts().at_author();
+        inner.save(at, new, done)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn find(&self, key: Key) -> Found {
+        let table = &self.journal.home()[self.journal.parts().at_table()..];
+        once::find(table, &self.endings, key)
+    }
+
+    fn save(&mut self, at: usize, new: &[u8], done: Option<(Key, u64)>) -> Result<()> {
+        let Some((key, result)) = done else {
+            return self.journal.commit(&[(at, new)]);
+        };
+        match self.find(key) {
+            Found::Free(free) => {
+                let entry = self.journal.parts().at_table() + free;
+                self.journal
+                    .commit(&[(at, new), (entry, &key.entry(result))])
+            }
+            Found::Done(_) => Err(Error::new(Errno::EINVAL, TWICE)),
+            Found::Full => Err(Error::new(Errno::ENOSPC, FULL)),
+        }
+    }
+}
+
+const TWICE: &str = "one access can do only one thing once";
+const FULL: &str = "too many accesses of too long requests are in flight to do each of them once";
+
+/// What a device keeps beyond the life of its process. A handle: clone it, and use it from any
+/// thread.
+///
+/// The bytes, as many as the device [asked for](crate::PciBuilder::state), start as zeroes when the
+/// device is created. They stay when the process dies, at any moment, and when a client closes the
+/// device; a device that wants them gone at a [reset](crate::Device::reset) clears them there. They
+/// go with the device.
+///
+/// What they mean is the device's affair. A later version of a program finds what an earlier one
+/// has left, if both want the same number of bytes (else it is refused): a version number in the
+/// first bytes does no harm.
+///
+/// A change costs as much as comparing and copying all the bytes, so this is for what a device must
+/// not forget. What is large, and may tear, can be in [shared memory](crate::Bar::mappable).
+///
+/// # Examples
+///
+/// A counter that counts each write once, whatever happens to its process:
+///
+/// ```
+/// # use libmuser::{Access, Device, Result, State};
+/// struct Counter {
+///     state: State,
+/// }
+///
+/// impl Device for Counter {
+///     fn write(&mut self, access: Access, value: u64) -> Result<()> {
+///         self.state.once(&access, |bytes| {
+///             bytes[0] = bytes[0].wrapping_add(value as u8);
+///             0
+///         })?;
+///         Ok(())
+///     }
+/// }
+/// ```
+#[derive(Clone, Debug)]
+pub struct State {
+    inner: Arc<Author>,
+}
+
+#[derive(Debug)]
+struct Author {
+    store: Arc<Store>,
+    /// What a closure may change. Otherwise, it is what is saved.
+    bytes: Mutex<Vec<u8>>,
+}
+
+impl State {
+    pub(crate) fn new(store: Arc<Store>) -> Self {
+        let bytes = Mutex::new(store.author());
+        Self {
+            inner: Arc::new(Author { store, bytes }),
+        }
+    }
+
+    /// Looks at the bytes. The closure must not use the state, or it waits for itself.
+    pub fn read<R>(&self, look: impl FnOnce(&[u8]) -> R) -> R {
+        look(&self.lock())
+    }
+
+    /// Changes the bytes: a kill leaves all of what the closure did, or nothing of it. A closure that
+    /// panics has done nothing. It must not use the state, or it waits for itself.
+    pub fn update<R>(&self, work: impl FnOnce(&mut [u8]) -> R) -> R {
+        let mut bytes = self.lock();
+        let result = self.work(&mut bytes, work);
+        if let Err(error) = self.inner.store.save_author(&bytes, None) {
+            log::error!("the device's state could not be saved: {error}");
+        }
+        result
+    }
+
+    /// Does something exactly once for an access, however often it is replayed: changes the bytes
+    /// and remembers, in one atomic step, that this access is done and with what result. For a
+    /// replay of an access that is done, the closure is not called, and the result is that of then.
+    ///
+    /// An access may do one thing once. What else it does (an interrupt, a copy to the client's
+    /// memory) a replay does again: so do it after this, and let it depend on the result and on
+    /// nothing that may have changed.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: this access has done its one thing. `ENOSPC`: more than 512 accesses in flight are
+    /// not the first ones of their requests, as a client can have it which makes many long accesses at
+    /// a time. `ENODEV`: the server has ended, so nothing is kept any more.
+    pub fn once(&self, access: &Access, work: impl FnOnce(&mut [u8]) -> u64) -> Result<u64> {
+        let store = &self.inner.store;
+        let mut bytes = self.lock();
+        if store.is_sealed() {
+            let message = "the server has ended, and the device's state belongs to the next";
+            return Err(Error::new(Errno::ENODEV, message));
+        }
+        // What is not a request, as in a device's own tests, is never replayed.
+        let key = (access.request != RequestId::NONE)
+            .then(|| Key::new(access.request, access.region.index(), access.offset));
+        if let Some(result) = key.and_then(|key| store.done(key)) {
+            if access.replay {
+                return Ok(result);
+            }
+            return Err(Error::new(Errno::EINVAL, TWICE));
+        }
+        let result = self.work(&mut bytes, work);
+        let saved = store.save_author(&bytes, key.map(|key| (key, result)));
+        saved.inspect_err(|_| bytes.copy_from_slice(&store.author()))?;
+        Ok(result)
+    }
+
+    /// Runs a closure on the bytes, which are as before if it panics.
+    fn work<R>(&self, bytes: &mut [u8], work: impl FnOnce(&mut [u8]) -> R) -> R {
+        catch_unwind(AssertUnwindSafe(|| work(bytes))).unwrap_or_else(|panic| {
+            bytes.copy_from_slice(&self.inner.store.author());
+            resume_unwind(panic)
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
+        let bytes = self.inner.bytes.lock();
+        bytes.unwrap_or_else(PoisonError::into_inner)
+    }
+}

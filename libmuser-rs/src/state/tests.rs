@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A kill between any two stores, and memory that is somebody else's.
+
+use super::*;
+use crate::region::{Region, Width};
+
+/// Copies the memory after each store: what the next process would find.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Observer(Arc<Mutex<Vec<Vec<u8>>>>);
+
+impl Observer {
+    pub(super) fn see(&self, memory: &SharedMemory) {
+        self.0.lock().unwrap().push(content(memory));
+    }
+
+    fn take(&self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+const PARTS: Parts = Parts {
+    library: 100,
+    author: 300,
+    fingerprint: 7,
+};
+
+fn content(memory: &SharedMemory) -> Vec<u8> {
+    let mut bytes = vec![0; memory.len()];
+    memory.read_bytes(0, &mut bytes).unwrap();
+    bytes
+}
+
+fn memory_of(bytes: &[u8]) -> SharedMemory {
+    let memory = SharedMemory::anonymous(bytes.len()).unwrap();
+    memory.write_bytes(0, bytes).unwrap();
+    memory
+}
+
+fn fresh() -> SharedMemory {
+    SharedMemory::anonymous(PARTS.size()).unwrap()
+}
+
+fn open(memory: &SharedMemory) -> Result<(Arc<Store>, bool)> {
+    let (store, recovered) = Store::open(memory.clone(), PARTS, &[1; 100])?;
+    Ok((Arc::new(store), recovered))
+}
+
+fn recover(bytes: &[u8]) -> Arc<Store> {
+    let (store, recovered) = open(&memory_of(bytes)).unwrap();
+    assert!(recovered);
+    store
+}
+
+fn access(number: u64, offset: u64, replay: bool) -> Access {
+    Access {
+        request: RequestId::new(number),
+        replay,
+        ..Access::new(Region::Bar(0), offset, Width::Dword)
+    }
+}
+
+/// Adds to the counter in the first bytes, and writes it all over the rest as well.
+fn count(state: &State, access: &Access) -> Result<u64> {
+    state.once(access, |bytes| {
+        let before = u64::from(bytes[0]);
+        bytes.fill(bytes[0].wrapping_add(1));
+        before
+    })
+}
+
+fn first(store: &Arc<Store>) -> u8 {
+    let state = State::new(Arc::clone(store));
+    state.read(|bytes| {
+        assert!(bytes.iter().all(|byte| *byte == bytes[0]), "it is torn");
+        bytes[0]
+    })
+}
+
+#[test]
+fn memory_never_used_starts_anew() {
+    let memory = fresh();
+    let (store, recovered) = open(&memory).unwrap();
+
+    assert!(!recovered);
+    assert_eq!(store.library(), [1; 100]);
+    assert_eq!(store.author(), [0; 300]);
+
+    let (store, recovered) = open(&memory).unwrap();
+    assert!(recovered);
+    assert_eq!(store.library(), [1; 100]);
+}
+
+#[test]
+fn kill_at_any_store_of_the_first_start_starts_anew() {
+    let observer = Observer::default();
+    let memory = fresh();
+    // Something is left of an earlier start, which was killed as well.
+    memory.write_bytes(64, &[0xee; 400]).unwrap();
+    open(&memory).unwrap();
+    let whole = content(&memory);
+    for cut in 8..whole.len() {
+        let mut bytes = vec![0; whole.len()];
+        bytes[8..cut].copy_from_slice(&whole[8..cut]);
+        observer.see(&memory_of(&bytes));
+    }
+
+    for bytes in observer.take() {
+        let (store, recovered) = open(&memory_of(&bytes)).unwrap();
+        assert!(!recovered);
+        assert_eq!(store.author(), [0; 300]);
+    }
+}
+
+#[test]
+fn kill_at_any_store_leaves_each_access_done_once() {
+    let memory = fresh();
+    let (store, _) = open(&memory).unwrap();
+    let observer = Observer::default();
+    store.lock().journal.observer = Some(observer.clone());
+    let state = State::new(Arc::clone(&store));
+    let mut kills = 0;
+    for number in 0..3 {
+        // Two accesses of one request, and one of another at the same place.
+        let access = access(1 + (number / 2 << 16), number % 2 * 8, false);
+        let result = count(&state, &access).unwrap();
+        assert_eq!(result, number);
+        for bytes in observer.take() {
+            kills += 1;
+            let store = recover(&bytes);
+            let before = first(&store);
+            assert!(u64::from(before) == number || u64::from(before) == number + 1);
+
+            let replay = Access {
+                replay: true,
+                ..access
+            };
+            let result = count(&State::new(Arc::clone(&store)), &replay).unwrap();
+
+            assert_eq!(result, number);
+            assert_eq!(u64::from(first(&store)), number + 1);
+        }
+    }
+    assert!(kills > 100, "{kills}");
+}
+
+#[test]
+fn kill_during_recovery_is_recovered_from() {
+    let memory = fresh();
+    let (store, _) = open(&memory).unwrap();
+    let observer = Observer::default();
+    store.lock().journal.observer = Some(observer.clone());
+    count(&State::new(store), &access(1, 0, false)).unwrap();
+    let half_applied = observer.take();
+
+    // Each recovery starts where another one was killed.
+    for bytes in half_applied {
+        let memory = memory_of(&bytes);
+        let before = first(&recover(&bytes));
+        open(&memory).unwrap();
+        let (store, _) = open(&memory).unwrap();
+        assert_eq!(first(&store), before);
+    }
+}
+
+#[test]
+fn library_and_author_do_not_mix() {
+    let memory = fresh();
+    let (store, _) = open(&memory).unwrap();
+    let state = State::new(Arc::clone(&store));
+
+    state.update(|bytes| bytes.fill(9));
+    let key = Key::new(RequestId::new(5), 7, 4);
+    store.save_library(&[3; 100], Some((key, 77))).unwrap();
+
+    let store = recover(&content(&memory));
+    assert_eq!(store.library(), [3; 100]);
+    assert_eq!(first(&store), 9);
+    assert_eq!(store.done(key), Some(77));
+    assert_eq!(store.done(Key::new(RequestId::new(5), 7, 5)), None);
+}
+
+#[test]
+fn second_thing_of_an_access_is_refused() {
+    let (store, _) = open(&fresh()).unwrap();
+    let state = State::new(Arc::clone(&store));
+    count(&state, &access(1, 0, false)).unwrap();
+
+    let error = count(&state, &access(1, 0, false)).unwrap_err();
+
+    assert_eq!(error.errno(), Errno::EINVAL);
+    assert_eq!(first(&store), 1);
+}
+
+#[test]
+fn access_without_a_request_is_done_each_time() {
+    let (store, _) = open(&fresh()).unwrap();
+    let state = State::new(Arc::clone(&store));
+    let access = Access::new(Region::Bar(0), 0, Width::Dword);
+
+    count(&state, &access).unwrap();
+    count(&state, &access).unwrap();
+
+    assert_eq!(first(&store), 2);
+}
+
+#[test]
+fn closure_that_panics_has_done_nothing() {
+    let (store, _) = open(&fresh()).unwrap();
+    let state = State::new(store);
+
+    let panicked = catch_unwind(AssertUnwindSafe(|| {
+        state.update(|bytes| {
+            bytes[0] = 1;
+            panic!("on purpose")
+        })
+    }));
+
+    assert!(panicked.is_err());
+    assert_eq!(state.read(|bytes| bytes[0]), 0);
+}
+
+#[test]
+fn sealed_memory_does_not_change() {
+    let memory = fresh();
+    let (store, _) = open(&memory).unwrap();
+    let before = content(&memory);
+    let state = State::new(Arc::clone(&store));
+
+    store.seal();
+    state.update(|bytes| bytes.fill(1));
+    store.save_library(&[9; 100], None).unwrap();
+
+    assert_eq!(content(&memory), before);
+    let error = count(&state, &access(1, 0, false)).unwrap_err();
+    assert_eq!(error.errno().number(), libc::ENODEV);
+}
+
+#[test]
+fn memory_of_another_is_refused_in_words() {
+    let refusal = |change: &dyn Fn(&SharedMemory), parts: Parts| {
+        let memory = SharedMemory::anonymous(2 * PARTS.size()).unwrap();
+        open(&memory).unwrap();
+        change(&memory);
+        let error = Store::open(memory, parts, &[]).unwrap_err();
+        assert!(error.is_refused(), "{error}");
+        error.to_string()
+    };
+    let nothing = |_: &SharedMemory| {};
+    let larger = Parts {
+        author: 301,
+        ..PARTS
+    };
+    let other = Parts {
+        fingerprint: 8,
+        ..PARTS
+    };
+
+    assert!(refusal(&|memory| memory.write(0, 1_u8).unwrap(), PARTS).contains("libmuser"));
+    assert!(refusal(&|memory| memory.write(8, 2_u32).unwrap(), PARTS).contains("layout 2"));
+    assert!(refusal(&nothing, larger).contains("wants 301"));
+    assert!(refusal(&nothing, other).contains("configuration space"));
+    let damage = |memory: &SharedMemory| memory.write(40, u64::MAX).unwrap();
+    assert!(refusal(&damage, PARTS).contains("damaged"));
+    let damage = |memory: &SharedMemory| memory.write(40, 24_u64).unwrap();
+    assert!(matches!(refusal(&damage, PARTS), text if text.contains("damaged")));
+}
+
+#[test]
+fn change_of_everything_fits_the_log() {
+    for (library, author) in [(0, 0), (1, 1), (63, 65), (256, 4096), (5000, 100_000)] {
+        let parts = Parts {
+            library,
+            author,
+            fingerprint: 0,
+        };
+        let memory = SharedMemory::anonymous(parts.size()).unwrap();
+        let (store, _) = Store::open(memory.clone(), parts, &[]).unwrap();
+        // Every other block changes, which makes the most records.
+        let striped: Vec<_> = (0..author).map(|at| u8::from(at / 64 % 2 == 0)).collect();
+        let mut number = 0;
+        for new in [striped, vec![0xff; author], vec![1; author]] {
+            number += 1;
+            let key = Key::new(RequestId::new(number << 16), 0, 0);
+            store.save_author(&new, Some((key, 1))).unwrap();
+            store.save_library(&vec![0xff; library], None).unwrap();
+            let (again, _) = Store::open(memory.clone(), parts, &[]).unwrap();
+            assert_eq!(again.author(), new);
+        }
+    }
+}
