@@ -19,6 +19,7 @@ use crate::{
     },
     uapi::*,
     vfio::{
+        errno::Errno,
         inode::{Inode, Inodes},
         pins::Pins,
         shared::SharedMemory,
@@ -335,24 +336,24 @@ impl Device {
         }
     }
 
-    /// Has the process which is attached, if there is one, perform a request, and waits `ms`
-    /// milliseconds for it at most. Returns whether it is done.
-    pub(crate) fn perform_within(&self, request: &Arc<Request>, ms: u32) -> bool {
+    /// Has the process which is attached perform a request, and waits `ms` milliseconds for it at
+    /// most. Returns its result, or `None` if there is none by then.
+    pub(crate) fn perform_within(&self, request: &Arc<Request>, ms: u32) -> Option<Result> {
         let id = {
             let mut state = self.state.lock();
             if state.attachment.is_none() {
-                return false;
+                return Some(Err(Errno::ENOTCONN.into()));
             }
-            state.queue(request)
+            state.queue(request)?
         };
-        let Some(id) = id else { return false };
         self.takers.wake_one();
-        let done = request.done().wait(Timeout::from_ms(ms));
-        if let Woken::Ready(()) = done {
-            return request.result().is_ok();
+        match request.done().wait(Timeout::from_ms(ms)) {
+            Woken::Ready(()) => Some(request.result()),
+            Woken::TimedOut | Woken::Signal => {
+                self.withdraw(id);
+                None
+            }
         }
-        self.withdraw(id);
-        false
     }
 
     /// Has a process perform a request which nobody waits for.
@@ -480,7 +481,7 @@ impl Device {
         loop {
             let unmap = self.state.lock().requests.pop_where(is_unmap);
             let Some(request) = unmap else { break };
-            request.finish(0);
+            request.finish(Error::from(Errno::ENOTCONN).to_errno());
         }
     }
 

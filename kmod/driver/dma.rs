@@ -123,25 +123,24 @@ impl Device {
         self.counters.unmaps.add(1);
         let ms = self.unmap_timeout_ms.load(Relaxed);
         let owner = self.state.lock().attachment.as_ref().map(|now| now.owner);
-        let deaf = owner.is_none_or(|owner| self.deaf.load(Relaxed) == owner);
-        let request = if deaf {
-            None
-        } else {
-            Request::unmap(iova, len).ok()
-        };
-        if request.is_some_and(|request| self.perform_within(&request, ms)) {
-            return;
-        }
-        self.counters.unmaps_forced.add(1);
-        if let (false, Some(owner)) = (deaf, owner) {
-            self.deaf.store(owner, Relaxed);
-            if self.complaints.is_first(Complaint::Unmap) {
-                pr_warn!(
-                    "{}: the process did not let go of memory that its client unmaps\n",
-                    self.name()
-                );
+        let owner = owner.filter(|owner| self.deaf.load(Relaxed) != *owner);
+        if let (Some(owner), Ok(request)) = (owner, Request::unmap(iova, len)) {
+            match self.perform_within(&request, ms) {
+                Some(Ok(())) => return,
+                // It refused, or is gone.
+                Some(Err(_)) => {}
+                None => {
+                    self.deaf.store(owner, Relaxed);
+                    if self.complaints.is_first(Complaint::Unmap) {
+                        pr_warn!(
+                            "{}: the process did not let go of memory that its client unmaps\n",
+                            self.name()
+                        );
+                    }
+                }
             }
         }
+        self.counters.unmaps_forced.add(1);
     }
 
     /// Notes that the attachment `owner` answers again.
