@@ -7,6 +7,7 @@ mod event;
 mod mapping;
 mod memory;
 mod process;
+mod userfault;
 
 use std::fs::File;
 use std::io;
@@ -22,6 +23,7 @@ pub use event::*;
 pub use mapping::*;
 pub use memory::*;
 pub use process::*;
+pub use userfault::*;
 
 /// A structure that an ioctl takes and returns.
 ///

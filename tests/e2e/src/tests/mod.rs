@@ -8,7 +8,10 @@ mod clean;
 mod close;
 mod conformance;
 mod dma;
+mod dma_bad;
+mod dma_dirty;
 mod dma_pins;
+mod dma_race;
 mod dma_unmap;
 mod dma_window;
 mod gpio;
@@ -127,6 +130,9 @@ pub(crate) fn all() -> Vec<Test> {
         dma_pins::tests,
         state::tests,
         dma_unmap::tests,
+        dma_bad::tests,
+        dma_race::tests,
+        dma_dirty::tests,
         close::tests,
         interop::tests,
         conformance::tests,
