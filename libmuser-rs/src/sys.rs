@@ -9,6 +9,11 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
+#[cfg(feature = "cli")]
+use std::{
+    os::fd::IntoRawFd,
+    sync::atomic::{AtomicI32, Ordering},
+};
 
 use muser_uapi::{
     muser_area, muser_attach, muser_dma, muser_dma_copy, muser_dma_segment, muser_doorbell,
@@ -18,6 +23,8 @@ use muser_uapi::{
 };
 use nix::errno::Errno;
 use nix::sys::mman::{mmap, munmap, MapFlags, ProtFlags};
+#[cfg(feature = "cli")]
+use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal};
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::VolatileSlice;
 
@@ -227,6 +234,36 @@ unsafe fn dma_copy(
     // SAFETY: The ioctl takes a `muser_dma_copy` with as many segments as it says, and those are
     // as the contract of this function has them.
     unsafe { ioctl(node, MUSER_DMA_COPY, copy) }
+}
+
+/// The eventfd that a signal writes to, or -1.
+#[cfg(feature = "cli")]
+static TERMINATION: AtomicI32 = AtomicI32::new(-1);
+
+/// Has SIGTERM and SIGINT write to a copy of `event`, an eventfd, the first time each comes.
+#[cfg(feature = "cli")]
+pub(crate) fn write_on_termination(event: BorrowedFd<'_>) -> std::io::Result<()> {
+    // The copy is never closed: a signal may come at any time.
+    let copy = event.try_clone_to_owned()?.into_raw_fd();
+    TERMINATION.store(copy, Ordering::SeqCst);
+    let flags = SaFlags::SA_RESTART | SaFlags::SA_RESETHAND;
+    let action = SigAction::new(SigHandler::Handler(terminate), flags, SigSet::empty());
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        // SAFETY: The handler calls nothing but write(2), which signal-safety(7) allows.
+        unsafe { sigaction(signal, &action) }?;
+    }
+    Ok(())
+}
+
+#[cfg(feature = "cli")]
+extern "C" fn terminate(_signal: libc::c_int) {
+    let one = 1_u64;
+    let before = Errno::last_raw();
+    let event = TERMINATION.load(Ordering::SeqCst);
+    // SAFETY: The pointer leads to the 8 bytes of `one`. A write to an eventfd that fails changes
+    // nothing.
+    unsafe { libc::write(event, std::ptr::from_ref(&one).cast(), size_of::<u64>()) };
+    Errno::set_raw(before);
 }
 
 /// # Safety

@@ -54,6 +54,14 @@ impl Stop {
         let _ = self.inner.event.write(1);
     }
 
+    /// Uses this handle when SIGTERM or SIGINT comes, from now on and as long as the process lives.
+    /// The same signal once more ends the process at once.
+    #[cfg(feature = "cli")]
+    pub(crate) fn use_on_termination(&self) -> Result<()> {
+        crate::sys::write_on_termination(self.as_fd())
+            .map_err(|error| Error::io("handling SIGTERM", error))
+    }
+
     /// Ends the server with its next request as if its process were killed there: no reply is sent,
     /// and what the device does from then on leaves no trace. For tests of recovery.
     /// The run ends with [`Ended::Abandoned`](crate::Ended::Abandoned).
