@@ -26,12 +26,12 @@ use vm_memory::ByteValued;
 use crate::error::{Errno, Error, Result};
 use crate::transport::{GuestMemory, IovaRange};
 
-mod gate;
+mod bus_master;
 mod gather;
 mod range;
 mod slices;
 
-pub(crate) use gate::{Gate, Mastering};
+pub(crate) use bus_master::{BusMaster, Mastering};
 pub use gather::ScatterGather;
 pub use range::DmaRange;
 pub use slices::{DmaSlice, DmaSlices};
@@ -87,12 +87,12 @@ pub use crate::transport::{DirtyLog, DmaAccess};
 #[derive(Clone)]
 pub struct Dma {
     memory: Arc<dyn GuestMemory>,
-    gate: Arc<Gate>,
+    bus_master: Arc<BusMaster>,
 }
 
 impl Dma {
-    pub(crate) const fn new(memory: Arc<dyn GuestMemory>, gate: Arc<Gate>) -> Self {
-        Self { memory, gate }
+    pub(crate) const fn new(memory: Arc<dyn GuestMemory>, bus_master: Arc<BusMaster>) -> Self {
+        Self { memory, bus_master }
     }
 
     /// Copies out of the client's memory.
@@ -123,7 +123,7 @@ impl Dma {
     ///
     /// As [`read`](Self::read).
     pub fn read_vectored(&self, parts: &mut [(u64, &mut [u8])]) -> Result<()> {
-        self.gate.check()?;
+        self.bus_master.check()?;
         for (iova, to) in parts.iter() {
             IovaRange::new(*iova, to.len() as u64)?;
         }
@@ -137,7 +137,7 @@ impl Dma {
     ///
     /// As [`write`](Self::write).
     pub fn write_vectored(&self, parts: &[(u64, &[u8])]) -> Result<()> {
-        self.gate.check()?;
+        self.bus_master.check()?;
         for (iova, from) in parts {
             IovaRange::new(*iova, from.len() as u64)?;
         }
@@ -187,10 +187,10 @@ impl Dma {
         ScatterGather::new(self, parts, access)
     }
 
-    /// Lets go of what is held of a range. Ranges of it can still be used: it is held again then.
+    /// Lets go of what is held of a range, but for what a [`DmaRange`] is still there of.
     ///
     /// What a device maps stays held, so that using it again costs nothing; and what it does not use
-    /// is let go when a limit is hit. So this is for a device that knows better.
+    /// is let go of when a limit is hit. So this is for a device that knows better.
     ///
     /// # Errors
     ///
@@ -203,7 +203,7 @@ impl Dma {
 impl fmt::Debug for Dma {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Dma")
-            .field("gate", &self.gate)
+            .field("bus_master", &self.bus_master)
             .finish_non_exhaustive()
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vfio_bindings::bindings::vfio;
 
-use crate::dma::Gate;
+use crate::dma::BusMaster;
 use crate::error::{Errno, Error, Result};
 use crate::pci::function::{Eventfds, Function, Signal};
 use crate::state::{Key, Store};
@@ -21,7 +21,7 @@ pub(crate) struct Shared {
     function: Mutex<Saved>,
     trigger: Arc<dyn Trigger>,
     /// Whether the function lets the device reach the client's memory.
-    gate: Arc<Gate>,
+    bus_master: Arc<BusMaster>,
     store: Arc<Store>,
 }
 
@@ -35,15 +35,15 @@ impl Shared {
     pub(crate) fn new(function: Function, trigger: Arc<dyn Trigger>, store: Arc<Store>) -> Self {
         let image = Vec::new();
         Self {
-            gate: Arc::new(Gate::new(function.config().mastering())),
+            bus_master: Arc::new(BusMaster::new(function.config().mastering())),
             function: Mutex::new(Saved { function, image }),
             trigger,
             store,
         }
     }
 
-    pub(crate) fn gate(&self) -> Arc<Gate> {
-        Arc::clone(&self.gate)
+    pub(crate) fn bus_master(&self) -> Arc<BusMaster> {
+        Arc::clone(&self.bus_master)
     }
 
     /// Puts the line where the function has it: a process before this one may have left it
@@ -100,7 +100,7 @@ impl Shared {
     ) -> (R, Result<()>) {
         let Saved { function, image } = saved;
         let (result, done) = work(function);
-        self.gate.set(function.config().mastering());
+        self.bus_master.set(function.config().mastering());
         let sent = function
             .take_signals()
             .map(|signal| self.send(signal))

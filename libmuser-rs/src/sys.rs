@@ -266,6 +266,17 @@ extern "C" fn terminate(_signal: libc::c_int) {
     Errno::set_raw(before);
 }
 
+/// Bytes of address space that this process may have; `None` if nobody has said.
+pub(crate) fn address_space_limit() -> Option<u64> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `limit` is a `rlimit` to be written to.
+    let result = unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) };
+    (result == 0 && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
+}
+
 /// # Safety
 ///
 /// `request` takes a pointer to a `T`, and what the ioctl reads and writes through pointers in it

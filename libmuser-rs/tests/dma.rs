@@ -379,3 +379,25 @@ fn threads_use_a_range_while_the_client_unmaps_it() {
         Ended::Removed
     );
 }
+
+#[test]
+fn server_that_ended_reaches_no_memory() {
+    let rig = Rig::start(None);
+    rig.map(0, 1);
+    let range = rig.dma.map(0, 8, DmaAccess::ReadWrite).unwrap();
+
+    rig.host.remove();
+    assert_eq!(
+        rig.ended.recv_timeout(DEADLINE).unwrap().unwrap(),
+        Ended::Removed
+    );
+
+    // The server is dropped after it has ended.
+    let deadline = Instant::now() + DEADLINE;
+    while range.write(0, &[1]).is_ok() {
+        assert!(Instant::now() < deadline, "memory can be reached for ever");
+        std::thread::yield_now();
+    }
+    let error = rig.dma.read(0, &mut [0]).unwrap_err();
+    assert_eq!(error.errno().number(), libc::ENOTCONN);
+}

@@ -21,7 +21,7 @@ pub struct ScatterGather {
 
 impl ScatterGather {
     pub(super) fn new(dma: &Dma, parts: &[(u64, usize)], access: DmaAccess) -> Result<Self> {
-        dma.gate.check()?;
+        dma.bus_master.check()?;
         let mut ranges = Vec::with_capacity(parts.len());
         let mut len = 0_usize;
         for (iova, count) in parts {
@@ -110,7 +110,7 @@ impl ScatterGather {
     ///
     /// As [`DmaRange::slices`].
     pub fn slices(&self) -> Result<DmaSlices> {
-        self.dma.gate.check()?;
+        self.dma.bus_master.check()?;
         DmaSlices::concat(self.ranges().map(DmaRange::slices), self.access)
     }
 
@@ -120,7 +120,7 @@ impl ScatterGather {
         offset: usize,
         count: usize,
     ) -> Result<impl Iterator<Item = (&DmaRange, usize, Range<usize>)>> {
-        self.dma.gate.check()?;
+        self.dma.bus_master.check()?;
         let end = offset
             .checked_add(count)
             .filter(|end| *end <= self.len)

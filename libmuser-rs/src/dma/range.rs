@@ -43,7 +43,7 @@ const ATTEMPTS: usize = 4;
 
 impl DmaRange {
     pub(super) fn new(dma: Dma, iova: u64, len: usize, access: DmaAccess) -> Result<Self> {
-        dma.gate.check()?;
+        dma.bus_master.check()?;
         let range = IovaRange::new(iova, len as u64)?;
         let view = match range {
             Some(range) => View::new(dma.memory.acquire(range, access)?, range),
@@ -218,7 +218,7 @@ impl DmaRange {
     /// As [`Dma::map`]. `EOPNOTSUPP`: the memory can't be mapped into this process. Copies can be
     /// made all the same.
     pub fn slices(&self) -> Result<DmaSlices> {
-        self.shared.dma.gate.check()?;
+        self.shared.dma.bus_master.check()?;
         DmaSlices::new(self.view()?, self.bytes.clone(), self.shared.access)
     }
 
@@ -247,7 +247,7 @@ impl DmaRange {
     /// What every use checks first.
     #[inline]
     fn enter(&self, offset: usize, count: usize, access: DmaAccess) -> Result<Range<usize>> {
-        self.shared.dma.gate.check()?;
+        self.shared.dma.bus_master.check()?;
         if !self.shared.access.allows(access) {
             let message = match access {
                 DmaAccess::Read => "reading from a range of DMA that is for writing only",

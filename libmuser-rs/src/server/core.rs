@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::device::Bus;
-use crate::dma::Dma;
+use crate::dma::{Dma, Mastering};
 use crate::error::{Error, Result};
 use crate::irq::{Interrupts, Shared};
 use crate::memory::SharedMemory;
@@ -61,7 +61,7 @@ impl Core {
         let bus = Bus {
             interrupts,
             memory: attachment.memory.into(),
-            dma: Dma::new(attachment.dma, shared.gate()),
+            dma: Dma::new(attachment.dma, shared.bus_master()),
             gate: Arc::clone(&gate),
             state: State::new(store),
             recovered,
@@ -80,6 +80,7 @@ impl Core {
     /// Ends the attachment. What the device does from now on is no concern of its client.
     pub(super) fn detach(&self) {
         self.shared.store().seal();
+        self.shared.bus_master().set(Mastering::Ended);
         self.transport.detach();
     }
 

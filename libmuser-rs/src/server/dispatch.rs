@@ -86,11 +86,11 @@ impl<'a, D: Device + ?Sized> Worker<'a, D> {
                 self.reset_function();
                 self.reset_device(if close { Reset::Close } else { Reset::Client })
             }
+            Operation::Doorbell { region, offset } => self.ring(region, offset),
             Operation::Unmap { iova, length } => {
                 self.device.dma_unmapped(iova..iova.saturating_add(length));
                 Ok(())
             }
-            Operation::Doorbell { region, offset } => self.ring(region, offset),
             Operation::Unknown => {
                 self.core
                     .failures

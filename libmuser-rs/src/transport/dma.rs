@@ -81,6 +81,12 @@ impl IovaRange {
         Ok(Some(Self { first: iova, len }))
     }
 
+    /// All but the very last IOVA, the number of which no length can say.
+    pub(crate) const ALL: Self = Self {
+        first: 0,
+        len: u64::MAX,
+    };
+
     /// The first byte's IOVA.
     #[must_use]
     pub const fn first(self) -> u64 {
@@ -160,7 +166,7 @@ pub trait GuestMemory: sealed::Sealed + Debug + Send + Sync {
     /// As [`read`](Self::read).
     fn write(&self, parts: &[(u64, &[u8])]) -> Result<()>;
 
-    /// Gives up what was acquired of a range.
+    /// Gives up what was acquired of a range, where nobody uses it.
     ///
     /// # Errors
     ///

@@ -137,8 +137,8 @@ impl Transport for KernelTransport {
         self.doorbells = Doorbells::join(self.node.as_fd(), description)?;
         let trigger = Arc::new(Node::map(Arc::clone(&self.node))?);
         let memory = map_areas(self.node.as_fd(), description)?;
-        let dma = Arc::new(ClientDma::new(Arc::clone(&trigger)));
         let state = map_state(self.node.as_fd(), attach.state_size as usize)?;
+        let dma = Arc::new(ClientDma::new(Arc::clone(&trigger)));
         Ok(Attachment {
             state,
             recovered: attach.recovered & MUSER_RECOVERED_SERVED != 0,

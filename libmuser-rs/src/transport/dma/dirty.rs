@@ -118,6 +118,12 @@ pub struct DirtyLog<'a> {
 }
 
 impl<'a> DirtyLog<'a> {
+    /// For memory of which the other end records the writes.
+    pub(crate) const ELSEWHERE: DirtyLog<'static> = DirtyLog {
+        pages: None,
+        start: 0,
+    };
+
     pub(crate) const fn new(pages: &'a DirtyPages, start: usize) -> Self {
         Self {
             pages: Some(pages),

@@ -413,16 +413,12 @@ impl GuestMemory for DmaTable {
     /// Nothing is held here; but of a mapping that the device does not use, it is not told when it
     /// goes.
     fn release(&self, range: IovaRange) -> Result<()> {
+        // Nobody can get hold of another while the lock is held for writing.
         let mappings = self.write_lock();
-        let mut released = false;
         for mapped in mappings.overlapping(range) {
-            if range.contains(mapped.range) {
-                released |= mapped.used.swap(false, Ordering::AcqRel);
+            if range.contains(mapped.range) && Arc::strong_count(mapped) == 1 {
+                mapped.used.store(false, Ordering::Release);
             }
-        }
-        if released {
-            // Who has a range of it acquires it anew.
-            self.generation.fetch_add(1, Ordering::AcqRel);
         }
         Ok(())
     }

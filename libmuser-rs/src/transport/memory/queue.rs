@@ -253,24 +253,28 @@ impl Queue {
             return;
         }
         let attachment = state.attached;
-        state = self.wait_for_place(state);
-        let id = state.enqueue(Operation::Unmap { iova, length }, Vec::new(), true);
-        self.changed(&mut state);
         let deadline = Instant::now() + state.unmap_timeout;
+        let mut id = None;
         loop {
+            if id.is_none() && !state.places.is_empty() {
+                id = Some(state.enqueue(Operation::Unmap { iova, length }, Vec::new(), true));
+                self.changed(&mut state);
+            }
+            let answer = id.and_then(|id| state.answered.remove(&id));
             let left = deadline.saturating_duration_since(Instant::now());
-            let answered = state.answered.remove(&id).is_some();
-            if answered || state.removed || state.attached != attachment || left.is_zero() {
+            let over = state.removed || state.attached != attachment || left.is_zero();
+            if answer.is_some() || over {
                 break;
             }
             let wait = self.progress.wait_timeout(state, left);
             state = wait.unwrap_or_else(PoisonError::into_inner).0;
         }
-        // A reply which comes after all finds nobody who waits for it.
-        state.withdraw(id);
+        let Some(id) = id else { return };
         if let Some(pending) = state.taken.get_mut(&id) {
+            // A reply which comes after all finds nobody who waits for it.
             pending.awaited = false;
         }
+        state.withdraw(id);
         self.changed(&mut state);
     }
 
