@@ -364,6 +364,7 @@ impl NodeFile {
             replays: counters.replays.count(),
             withdrawn: counters.withdrawn.count(),
             attachments: counters.attachments.count(),
+            doorbells: counters.doorbells.count(),
             ..muser_counters::default()
         };
         query.write(argument)

@@ -5,12 +5,13 @@
 //!
 //! `state` is a spinlock, held for a few instructions and never over a copy, an allocation or a
 //! wait. The other locks (a request's `data`, an interrupt index's `vectors`, the memory's
-//! `allocating`) are mutexes of which nothing takes two, and none is held when `state` is taken. The
-//! memory's tree has a spinlock of its own, the only lock that is taken inside another: `allocating`.
+//! `allocating`, the doorbells' `listeners`) are mutexes of which nothing takes two; only the last is
+//! held when `state` is taken. The memory's tree has a spinlock of its own, the only lock that is taken inside another: `allocating`.
 
 use crate::{
     driver::{
         description::Arrays,
+        doorbells::Doorbells,
         irqs::Irqs,
         memory::Memory,
         queue::{Id, Queue, Withdrawn},
@@ -123,6 +124,7 @@ pub(crate) struct Counters {
     pub(crate) replays: Counter,
     pub(crate) withdrawn: Counter,
     pub(crate) attachments: Counter,
+    pub(crate) doorbells: Counter,
 }
 
 /// What was said in the log once, so that a hostile process can't flood it.
@@ -184,6 +186,9 @@ pub(crate) struct Device {
     room: WaitQueue,
     /// Pages of mappable areas.
     pub(crate) memory: Arc<Memory>,
+    /// Who is told of writes to doorbells.
+    #[pin]
+    pub(crate) doorbells: Doorbells,
     /// The page of `muser_status`.
     pub(crate) status: Arc<SharedMemory>,
     /// What it did.
@@ -225,6 +230,7 @@ impl Device {
                 successor <- WaitQueue::new(c"muser_successor", static_lock_class!()),
                 room <- WaitQueue::new(c"muser_room", static_lock_class!()),
                 memory: Memory::new()?,
+                doorbells <- Doorbells::new(),
                 status: Arc::new(SharedMemory::new(size_of::<muser_status>())?, GFP_KERNEL_ACCOUNT)?,
                 counters: Counters::default(),
                 complaints: Complaints::new(),
@@ -401,6 +407,7 @@ impl Device {
             self.publish(&state);
             state.requests.owner_gone(owner)
         };
+        self.doorbells.forget(owner);
         self.counters.replays.add(u64::from(replays));
         loop {
             let poison = self.state.lock().requests.pop_poison(owner);

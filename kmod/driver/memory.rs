@@ -3,7 +3,7 @@
 //! serves them.
 
 use crate::{
-    driver::description::Arrays,
+    driver::description::{pages, Arrays},
     uapi::*,
     vfio::{
         page::{Charge, SharedPage, PAGE_SIZE},
@@ -100,15 +100,13 @@ impl Memory {
     /// Makes zeroes of all pages that areas of `arrays` have: what one client left there is not for
     /// the next.
     pub(crate) fn clear(&self, arrays: &Arrays<'_>) {
-        for region in arrays.regions {
-            let Some((_, areas)) = arrays.region(region.index) else {
-                continue;
-            };
-            let start = u64::from(region.index) << MUSER_MMAP_REGION_SHIFT;
-            for area in areas {
-                let first = (start + area.offset) as usize / PAGE_SIZE;
-                let count = area.size as usize / PAGE_SIZE;
-                for page in (first..first + count).filter_map(|index| self.lookup(index)) {
+        for region in arrays.each_region() {
+            let start = u64::from(region.described.index) << MUSER_MMAP_REGION_SHIFT;
+            for area in region.areas {
+                let pages = pages(area);
+                let first = (start + pages.start) as usize / PAGE_SIZE;
+                let end = (start + pages.end) as usize / PAGE_SIZE;
+                for page in (first..end).filter_map(|index| self.lookup(index)) {
                     page.clear();
                 }
             }

@@ -8,6 +8,7 @@ mod attach;
 mod client;
 mod description;
 mod device;
+mod doorbells;
 mod irqs;
 mod memory;
 mod node;

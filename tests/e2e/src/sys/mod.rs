@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 
-use muser_uapi::{muser_attach, muser_next, muser_query, muser_trigger};
+use muser_uapi::{muser_attach, muser_doorbell, muser_next, muser_query, muser_trigger};
 use vfio_bindings::bindings::vfio as vfio_abi;
 use zerocopy::IntoBytes;
 
@@ -33,6 +33,8 @@ unsafe impl IoctlArgument for muser_next {}
 unsafe impl IoctlArgument for muser_trigger {}
 // SAFETY: as above.
 unsafe impl IoctlArgument for muser_query {}
+// SAFETY: as above.
+unsafe impl IoctlArgument for muser_doorbell {}
 // SAFETY: plain integers; `argsz` bounds what the kernel writes.
 unsafe impl IoctlArgument for vfio_abi::vfio_device_info {}
 // SAFETY: as above.

@@ -61,6 +61,11 @@ fn calls() -> Vec<Call> {
         size: size_of::<muser_query>() as u32,
         ..Default::default()
     };
+    let doorbell = muser_doorbell {
+        size: size_of::<muser_doorbell>() as u32,
+        fd: -1,
+        ..Default::default()
+    };
     vec![
         Call {
             name: "NEXT",
@@ -73,6 +78,13 @@ fn calls() -> Vec<Call> {
             name: "TRIGGER",
             number: MUSER_TRIGGER,
             argument: trigger.as_bytes().to_vec(),
+            reserved: &[],
+            flags: Some(4),
+        },
+        Call {
+            name: "DOORBELL",
+            number: MUSER_DOORBELL,
+            argument: doorbell.as_bytes().to_vec(),
             reserved: &[],
             flags: Some(4),
         },
@@ -102,13 +114,13 @@ fn on_each(
     change: impl Fn(&Call) -> Vec<u8>,
     judge: impl Fn(&Call, std::io::Result<i32>) -> Result<()>,
 ) -> Result<()> {
-    let Bare { server, mdev } = Bare::new()?;
+    let Bare { server, mdev } = Bare::with(&Description::with_doorbells())?;
     for call in calls() {
         let result = sys::ioctl_bytes(server.node(), call.number, &mut change(&call));
         judge(&call, result)?;
     }
     drop(server);
-    let description = Description::pci();
+    let description = Description::with_doorbells();
     let call = attach(&description);
     let node = Node::open(&mdev)?;
     judge(
@@ -327,7 +339,7 @@ fn unknown_number_refused() -> Result<()> {
     let with_size = |nr: u32| nr | 16 << 16 | 3 << 30;
     let tcgets = 0x5401;
     for number in [
-        MUSER_DETACH + 1,
+        MUSER_DOORBELL + 1,
         MUSER_QUERY + 100,
         with_size(MUSER_NEXT),
         tcgets,

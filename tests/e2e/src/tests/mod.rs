@@ -7,6 +7,7 @@ mod barrier;
 mod clean;
 mod close;
 mod conformance;
+mod doorbell;
 mod gpio;
 mod info;
 mod interop;
@@ -79,7 +80,7 @@ fn roads(name: &str, run: OnRoad) -> impl Iterator<Item = Test> {
 
 /// All tests.
 pub(crate) fn all() -> Vec<Test> {
-    let topics: [fn() -> Vec<Test>; 27] = [
+    let topics: [fn() -> Vec<Test>; 28] = [
         module::tests,
         module::long,
         sysfs::tests,
@@ -100,6 +101,7 @@ pub(crate) fn all() -> Vec<Test> {
         level::tests,
         memory::tests,
         state::tests,
+        doorbell::tests,
         close::tests,
         interop::tests,
         conformance::tests,
