@@ -16,7 +16,8 @@ use crate::{
         memory::Memory,
         queue::{Id, Queue, Withdrawn},
         request::Request,
-        state::State, //
+        state::State,
+        users::Allowance, //
     },
     uapi::*,
     vfio::{
@@ -38,8 +39,8 @@ use kernel::{
     },
 };
 
-/// Requests in flight at a time; more clients' threads wait for a place.
-const MAX_REQUESTS: usize = 512;
+/// Requests in flight at a time, and the default of the attribute `max_requests`.
+pub(crate) const MAX_REQUESTS: u32 = 512;
 /// How many processes in a row a request may end before it is given up.
 const MAX_REPLAYS: u32 = 64;
 /// Default of the attribute `reattach_timeout_ms`.
@@ -49,6 +50,8 @@ const MAX_MEMORY: u64 = 256 << 20;
 
 /// Default of the attribute `max_state`, in bytes.
 const MAX_STATE: u32 = 1 << 20;
+/// Default of the attribute `max_vectors`: twice what an MSI-X table holds.
+const MAX_VECTORS: u32 = 4096;
 
 /// The description that the first process gave, and what was made by it.
 pub(crate) struct Described {
@@ -201,12 +204,16 @@ pub(crate) struct Device {
     pub(crate) max_memory: Atomic<u64>,
     /// Attribute: bytes of state that a process may ask for.
     pub(crate) max_state: Atomic<u32>,
+    /// Attribute: requests of clients in flight at a time; more threads of clients wait.
+    pub(crate) max_requests: Atomic<u32>,
+    /// Attribute: vectors that a description may ask for.
+    pub(crate) max_vectors: Atomic<u32>,
 }
 
 impl Device {
     /// Makes a device which nobody has described.
-    pub(crate) fn new(name: &CStr, bus: u32) -> Result<Arc<Self>> {
-        let mut places = KVVec::with_capacity(MAX_REQUESTS, GFP_KERNEL_ACCOUNT)?;
+    pub(crate) fn new(name: &CStr, bus: u32, allowance: Arc<Allowance>) -> Result<Arc<Self>> {
+        let mut places = KVVec::with_capacity(MAX_REQUESTS as usize, GFP_KERNEL_ACCOUNT)?;
         for _ in 0..MAX_REQUESTS {
             places.push(None, GFP_KERNEL_ACCOUNT)?;
         }
@@ -229,7 +236,7 @@ impl Device {
                 takers <- WaitQueue::new(c"muser_takers", static_lock_class!()),
                 successor <- WaitQueue::new(c"muser_successor", static_lock_class!()),
                 room <- WaitQueue::new(c"muser_room", static_lock_class!()),
-                memory: Memory::new()?,
+                memory: Memory::new(allowance)?,
                 doorbells <- Doorbells::new(),
                 status: Arc::new(SharedMemory::new(size_of::<muser_status>())?, GFP_KERNEL_ACCOUNT)?,
                 counters: Counters::default(),
@@ -237,6 +244,8 @@ impl Device {
                 reattach_timeout_ms: Atomic::new(REATTACH_TIMEOUT_MS),
                 max_memory: Atomic::new(MAX_MEMORY),
                 max_state: Atomic::new(MAX_STATE),
+                max_requests: Atomic::new(MAX_REQUESTS),
+                max_vectors: Atomic::new(MAX_VECTORS),
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -310,7 +319,8 @@ impl Device {
         }
     }
 
-    /// Has a process perform a request which nobody waits for.
+    /// Has a process perform a request which nobody waits for. It counts for no limit: places are left
+    /// for it, since a process has fewer slots than there are places.
     pub(crate) fn perform_later(&self, request: &Arc<Request>) {
         let kind = request.kind();
         let queued = {
@@ -335,7 +345,17 @@ impl Device {
         if state.removed {
             return Some(Err(ENODEV));
         }
+        let requests = &state.requests;
+        if requests.queued() + requests.taken() >= self.max_requests.load(Relaxed) {
+            return None;
+        }
         state.queue(request).map(Ok)
+    }
+
+    /// Sets how many requests of clients may be in flight; those that are stay.
+    pub(crate) fn set_max_requests(&self, requests: u32) {
+        self.max_requests.store(requests, Relaxed);
+        self.room.wake_all();
     }
 
     /// How long a request made at `start` has left if nothing changes, and whether that is final.

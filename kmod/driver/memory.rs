@@ -3,7 +3,10 @@
 //! serves them.
 
 use crate::{
-    driver::description::{pages, Arrays},
+    driver::{
+        description::{pages, Arrays},
+        users::Allowance, //
+    },
     uapi::*,
     vfio::{
         page::{Charge, SharedPage, PAGE_SIZE},
@@ -39,17 +42,20 @@ pub(crate) struct Memory {
     allocating: Mutex<()>,
     allocated: Atomic<u64>,
     charge: Charge,
+    /// What its user has given up for it. It goes with the last mapping of the memory.
+    pub(crate) allowance: Arc<Allowance>,
 }
 
 impl Memory {
     /// Makes an empty memory, paid for by the current process's memory cgroup.
-    pub(crate) fn new() -> Result<Arc<Self>> {
+    pub(crate) fn new(allowance: Arc<Allowance>) -> Result<Arc<Self>> {
         Arc::pin_init(
             try_pin_init!(Self {
                 pages <- XArray::new(AllocKind::Alloc),
                 allocating <- new_mutex!((), "muser_memory"),
                 allocated: Atomic::new(0),
                 charge: Charge::current(),
+                allowance,
             }),
             GFP_KERNEL_ACCOUNT,
         )

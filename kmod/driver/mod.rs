@@ -5,6 +5,7 @@
 //! and goes out at [`node`]. There is no `unsafe` in this folder.
 
 mod attach;
+mod attributes;
 mod client;
 mod description;
 mod device;
@@ -15,6 +16,7 @@ mod node;
 mod queue;
 mod request;
 mod state;
+mod users;
 
 use crate::{
     uapi::*,
@@ -23,15 +25,17 @@ use crate::{
         class::Class,
         device::Registration,
         mdev::{self, Type},
-        sysfs::{Attribute, Entry, File}, //
+        owner::Owner,
+        sysfs::Entry, //
     },
 };
 use device::Device;
 use kernel::{
     prelude::*,
-    sync::{atomic::Relaxed, Arc}, //
+    sync::Arc, //
 };
 use node::NodeFile;
+use users::{Place, Users};
 
 /// Devices of each type that there may be.
 const MAX_DEVICES: u32 = 1024;
@@ -58,6 +62,7 @@ static PLATFORM: Type = Type {
 pub(crate) struct Context {
     bus: u32,
     numbers: Arc<Numbers>,
+    users: Arc<Users>,
 }
 
 /// All that the module registers. Fields are dropped in order: types first, so that every device is
@@ -72,16 +77,19 @@ impl Driver {
     pub(crate) fn new(module: &'static ThisModule) -> Result<Self> {
         let class = Class::new(c"muser")?;
         let numbers = Numbers::new(class, c"muser", 2 * MAX_DEVICES)?;
-        let register = |description, bus| {
+        let users = Users::new()?;
+        let register = |description, bus, files| {
             let context = Context {
                 bus,
                 numbers: numbers.clone(),
+                users: users.clone(),
             };
-            mdev::Registration::new(module, numbers.class(), description, context)
+            mdev::Registration::new(module, numbers.class(), description, files, context)
         };
         Ok(Self {
-            _pci: register(&PCI, MUSER_BUS_PCI)?,
-            _platform: register(&PLATFORM, MUSER_BUS_PLATFORM)?,
+            // The limits of users hold for both types together; they are beside the first.
+            _pci: register(&PCI, MUSER_BUS_PCI, attributes::PARENT)?,
+            _platform: register(&PLATFORM, MUSER_BUS_PLATFORM, &[])?,
         })
     }
 }
@@ -92,6 +100,8 @@ pub(crate) struct Mdev {
     _vfio: Registration<Device>,
     device: HangUp,
     _node: Node<NodeFile>,
+    owner: Owner,
+    _place: Place,
 }
 
 /// Tells processes that their device is gone.
@@ -106,74 +116,21 @@ impl Drop for HangUp {
 impl mdev::Driver for Mdev {
     type Context = Context;
 
-    const ATTRIBUTES: &'static [Entry<Self>] = &[
-        File::<Self, ReattachTimeout>::ENTRY,
-        File::<Self, MaxMemory>::ENTRY,
-        File::<Self, MaxState>::ENTRY,
-    ];
+    const ATTRIBUTES: &'static [Entry<Self>] = attributes::DEVICE;
 
     fn probe(parent: &mdev::Device, context: &Context) -> Result<Pin<KBox<Self>>> {
-        let device = HangUp(Device::new(parent.name(), context.bus)?);
-        let node = Node::new(&context.numbers, parent, device.0.clone())?;
+        let owner = Owner::current();
+        let (place, allowance) = context.users.admit(owner.uid())?;
+        let device = HangUp(Device::new(parent.name(), context.bus, allowance)?);
+        let node = Node::new(&context.numbers, parent, owner, device.0.clone())?;
         let vfio = Registration::new(parent, device.0.clone())?;
         let mdev = Self {
             _vfio: vfio,
             device,
             _node: node,
+            owner,
+            _place: place,
         };
         Ok(KBox::new(mdev, GFP_KERNEL_ACCOUNT)?.into())
-    }
-}
-
-/// How long a request waits while no process is attached, in milliseconds.
-struct ReattachTimeout;
-
-impl Attribute<Mdev> for ReattachTimeout {
-    const NAME: &'static CStr = c"reattach_timeout_ms";
-
-    fn show(mdev: &Mdev) -> u64 {
-        u64::from(mdev.device.0.reattach_timeout_ms.load(Relaxed))
-    }
-
-    fn store(mdev: &Mdev, ms: u64) -> Result {
-        let ms = u32::try_from(ms).map_err(|_| ERANGE)?;
-        mdev.device.0.reattach_timeout_ms.store(ms, Relaxed);
-        Ok(())
-    }
-}
-
-/// How many bytes of device memory a description may ask for.
-struct MaxMemory;
-
-impl Attribute<Mdev> for MaxMemory {
-    const NAME: &'static CStr = c"max_memory";
-
-    fn show(mdev: &Mdev) -> u64 {
-        mdev.device.0.max_memory.load(Relaxed)
-    }
-
-    fn store(mdev: &Mdev, bytes: u64) -> Result {
-        if mdev.device.0.described().is_ok() {
-            return Err(EBUSY);
-        }
-        mdev.device.0.max_memory.store(bytes, Relaxed);
-        Ok(())
-    }
-}
-
-/// How many bytes of state a process may ask for. What it has been given it keeps.
-struct MaxState;
-
-impl Attribute<Mdev> for MaxState {
-    const NAME: &'static CStr = c"max_state";
-
-    fn show(mdev: &Mdev) -> u64 {
-        u64::from(mdev.device.0.max_state.load(Relaxed))
-    }
-
-    fn store(mdev: &Mdev, bytes: u64) -> Result {
-        let bytes = u32::try_from(bytes).map_err(|_| ERANGE)?;
-        mdev.device.0.max_state.store(bytes, Relaxed);
-        Ok(())
     }
 }

@@ -13,6 +13,7 @@ use kernel::error::Error;
 pub(crate) enum Errno {
     EBADSLT = bindings::EBADSLT,
     ECANCELED = bindings::ECANCELED,
+    EDQUOT = bindings::EDQUOT,
     EISCONN = bindings::EISCONN,
     ENOMSG = bindings::ENOMSG,
     ENOTCONN = bindings::ENOTCONN,

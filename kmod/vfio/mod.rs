@@ -14,6 +14,7 @@ pub(crate) mod errno;
 pub(crate) mod eventfd;
 pub(crate) mod irq_set;
 pub(crate) mod mdev;
+pub(crate) mod owner;
 pub(crate) mod page;
 pub(crate) mod process;
 pub(crate) mod shared;

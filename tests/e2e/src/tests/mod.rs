@@ -21,6 +21,7 @@ mod module;
 mod muserctl;
 mod owner;
 mod parallel;
+mod quota;
 mod reply;
 mod request;
 mod standby;
@@ -80,11 +81,12 @@ fn roads(name: &str, run: OnRoad) -> impl Iterator<Item = Test> {
 
 /// All tests.
 pub(crate) fn all() -> Vec<Test> {
-    let topics: [fn() -> Vec<Test>; 28] = [
+    let topics: [fn() -> Vec<Test>; 29] = [
         module::tests,
         module::long,
         sysfs::tests,
         owner::tests,
+        quota::tests,
         attach::tests,
         attach_limit::tests,
         ioctl::tests,
