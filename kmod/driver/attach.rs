@@ -6,12 +6,14 @@ use crate::{
         description::{Arrays, Fault},
         device::{Complaint, Described},
         node::{Argument, Attached, NodeFile, SLOT_STRIDE},
-        state::{Attachment, Slots, State}, //
+        state::{Attachment, Slots, State},
+        users::Reserved, //
     },
     uapi::*,
     vfio::{
         chrdev,
         errno::Errno,
+        page::PAGE_SIZE,
         process::Process,
         shared::SharedMemory,
         wait::{Signals, Timeout, Woken}, //
@@ -58,6 +60,7 @@ fn errno(fault: Fault) -> Error {
         MUSER_FAULT_LIMIT | MUSER_FAULT_IRQ_COUNT | MUSER_FAULT_MEMORY | MUSER_FAULT_STATE => {
             ENOSPC
         }
+        MUSER_FAULT_USER_MEMORY => Errno::EDQUOT.into(),
         MUSER_FAULT_REGION_OVERFLOW | MUSER_FAULT_AREA_OVERFLOW => EOVERFLOW,
         MUSER_FAULT_AREA_OVERLAP => EEXIST,
         MUSER_FAULT_ATTACHED | MUSER_FAULT_STANDBY => EBUSY,
@@ -66,6 +69,9 @@ fn errno(fault: Fault) -> Error {
         _ => EINVAL,
     }
 }
+
+/// What `fault_index` of [`MUSER_FAULT_LIMIT`] says of too many vectors.
+const VECTORS: usize = 4;
 
 /// What to do while another file is attached.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -164,8 +170,12 @@ impl NodeFile {
             return Err(Fault::new(MUSER_FAULT_STATE, 0).into());
         }
         let described = self.read_description(attach)?;
+        let state_size = u64::from(attach.state_size.max(granted));
+        let memory = described.arrays().memory() + state_size.next_multiple_of(PAGE_SIZE as u64);
+        let reserved = self.device.memory.allowance.reserve(memory);
+        let reserved = reserved.ok_or(Fault::new(MUSER_FAULT_USER_MEMORY, 0))?;
         let slots = SharedMemory::new(attach.slots as usize * SLOT_STRIDE as usize)?;
-        let (owner, found) = self.become_server(described, attach, standby)?;
+        let (owner, found) = self.become_server(described, attach, reserved, standby)?;
         answer.recovered = found.recovered;
         answer.state_size = found.state_size;
         let attached = Attached {
@@ -199,6 +209,10 @@ impl NodeFile {
             irqs: &irqs,
         };
         arrays.check()?;
+        let vectors: u64 = irqs.iter().map(|irq| u64::from(irq.count)).sum();
+        if vectors > u64::from(self.device.max_vectors.load(Relaxed)) {
+            return Err(Fault::new(MUSER_FAULT_LIMIT, VECTORS).into());
+        }
         if arrays.memory() > self.device.max_memory.load(Relaxed) {
             return Err(Fault::new(MUSER_FAULT_MEMORY, 0).into());
         }
@@ -211,6 +225,7 @@ impl NodeFile {
         &self,
         described: Described,
         attach: &muser_attach,
+        reserved: Reserved,
         standby: Standby,
     ) -> Result<(u64, Found), Refusal> {
         // Dropped when the lock is not held.
@@ -233,6 +248,7 @@ impl NodeFile {
                 owner,
                 slots: Slots::new(attach.slots),
                 state_size: attach.state_size,
+                reserved: Some(reserved),
                 process: Process::current(),
             };
             if state.attachment.is_none() {
@@ -372,7 +388,7 @@ impl NodeFile {
             unmaps_forced: counters.unmaps_forced.count(),
             pins,
             unpins,
-            ..muser_counters::default()
+            doorbells: counters.doorbells.count(),
         };
         query.write(argument)
     }

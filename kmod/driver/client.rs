@@ -3,7 +3,7 @@
 
 use crate::{
     driver::{
-        description::{segment, Segment},
+        description::{pages, Segment},
         device::Device,
         memory::{locate, ClientPager},
         request::{Place, Request}, //
@@ -42,9 +42,18 @@ enum Direction {
     Write,
 }
 
+/// Who maps device memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// A client, by the VFIO device file.
+    Client,
+    /// The process, by the node.
+    Process,
+}
+
 impl Device {
-    /// Performs a read or write of the device file, part by part: what mappable areas back is
-    /// copied here, the rest is asked of the process.
+    /// Performs a read or write of the device file, part by part: what areas back is copied
+    /// here, the rest is asked of the process.
     ///
     /// Returns what was done before the first error, or the error if it is the first thing.
     fn access(
@@ -57,24 +66,30 @@ impl Device {
         let index = (position >> MUSER_MMAP_REGION_SHIFT) as u32;
         let offset = position & (MUSER_MAX_REGION_SIZE - 1);
         let arrays = self.described()?.arrays();
-        let (region, areas) = arrays.region(index).ok_or(EINVAL)?;
+        let region = arrays.region(index).ok_or(EINVAL)?;
+        let described = region.described;
         let needed = match direction {
             Direction::Read => MUSER_REGION_READ,
             Direction::Write => MUSER_REGION_WRITE,
         };
-        if region.flags & needed == 0 || offset >= region.size {
+        if described.flags & needed == 0 || offset >= described.size {
             return Err(EINVAL);
         }
-        let len = len.min(usize::try_from(region.size - offset)?);
+        let len = len.min(usize::try_from(described.size - offset)?);
         let mut done = 0;
         while done < len {
             let at = offset + done as u64;
             let left = (len - done) as u64;
             let to = user.wrapping_byte_add(done);
-            let part = match segment(region, areas, at) {
+            let part = match region.segment(at) {
                 Segment::Memory(size) => {
                     let part = left.min(size) as usize;
                     self.copy(direction, index, at, to, part).map(|()| part)
+                }
+                Segment::Doorbell(size, area) => {
+                    let part = left.min(size) as usize;
+                    self.ring(direction, index, at, to, part, area)
+                        .map(|()| part)
                 }
                 Segment::Forwarded(size) => {
                     let count = left.min(size).min(u64::from(MUSER_SLOT_DATA)) as u32;
@@ -113,6 +128,27 @@ impl Device {
                 self.memory.write(region, offset, user, len)
             }
         }
+    }
+
+    /// Accesses a doorbell: as memory, but that the process hears of a write.
+    fn ring(
+        &self,
+        direction: Direction,
+        region: u32,
+        offset: u64,
+        user: UserPtr,
+        len: usize,
+        area: usize,
+    ) -> Result {
+        if direction == Direction::Read {
+            return self.copy(direction, region, offset, user, len);
+        }
+        let written = self.memory.write(region, offset, user, len);
+        // A write that failed may have changed something before it did.
+        self.doorbells.ring(area);
+        written?;
+        self.counters.doorbells.add(1);
+        Ok(())
     }
 
     fn forward(&self, direction: Direction, place: Place, user: UserPtr) -> Result {
@@ -173,7 +209,7 @@ impl device::Operations for Device {
             return Err(EINVAL);
         }
         let offset = u64::from(index) << MUSER_MMAP_REGION_SHIFT;
-        let Some((region, areas)) = arrays.region(index) else {
+        let Some(region) = arrays.region(index) else {
             return answer(RegionInfo {
                 flags: 0,
                 size: 0,
@@ -186,20 +222,23 @@ impl device::Operations for Device {
             (MUSER_REGION_READ, REGION_READ),
             (MUSER_REGION_WRITE, REGION_WRITE),
         ] {
-            if region.flags & ours != 0 {
+            if region.described.flags & ours != 0 {
                 flags |= theirs;
             }
         }
-        if !areas.is_empty() {
+        if region.mappable().next().is_some() {
             flags |= REGION_MMAP;
         }
-        let whole = matches!(areas, [area] if area.offset == 0 && area.size == region.size);
-        let sparse = if whole { &[][..] } else { areas };
+        let size = region.described.size;
         answer(RegionInfo {
             flags,
-            size: region.size,
+            size,
             offset,
-            sparse: &mut sparse.iter().map(|area| (area.offset, area.size)),
+            // What can be mapped as a whole needs no list.
+            sparse: &mut region
+                .mappable()
+                .map(|area| (area.offset, area.size))
+                .filter(|area| *area != (0, size)),
         })
     }
 
@@ -229,7 +268,7 @@ impl device::Operations for Device {
     }
 
     fn mmap(&self, vma: &NewVma<'_>) -> Result {
-        self.check_mapping(vma, vma.offset())?;
+        self.check_mapping(vma, vma.offset(), Side::Client)?;
         vma.fill::<ClientPager>(self.memory.clone());
         Ok(())
     }
@@ -265,29 +304,35 @@ impl device::Operations for Device {
 
 impl Device {
     /// Checks that a mapping of pages from `first`, as the VFIO device file counts them, lies in one
-    /// mappable area and has no rights that the region has not.
+    /// mappable area and has no rights that the region has not. The process may also map the pages in
+    /// which a doorbell lies.
     ///
     /// # Errors
     ///
     /// `EINVAL`, and `EACCES` for the rights.
-    pub(crate) fn check_mapping(&self, vma: &NewVma<'_>, first: usize) -> Result {
+    pub(crate) fn check_mapping(&self, vma: &NewVma<'_>, first: usize, who: Side) -> Result {
         let (index, offset) = locate(first);
         let arrays = self.described()?.arrays();
-        let (region, areas) = arrays.region(index).ok_or(EINVAL)?;
+        let region = arrays.region(index).ok_or(EINVAL)?;
         let len = (vma.pages() as u64)
             .checked_mul(PAGE_SIZE as u64)
             .ok_or(EINVAL)?;
         let end = offset.checked_add(len).ok_or(EINVAL)?;
-        let inside = areas
-            .iter()
-            .any(|area| area.offset <= offset && end <= area.offset + area.size);
-        if vma.is_private() || !inside {
-            return Err(EINVAL);
+        let area = region.areas.iter().find(|area| {
+            let pages = pages(area);
+            let may = area.flags & MUSER_AREA_MMAP != 0 || who == Side::Process;
+            may && pages.start <= offset && end <= pages.end
+        });
+        let area = area.filter(|_| !vma.is_private()).ok_or(EINVAL)?;
+        if area.flags & MUSER_AREA_DOORBELL != 0 {
+            // Only the process gets here. Of what it may do the region says nothing.
+            return Ok(());
         }
-        if vma.is_readable() && region.flags & MUSER_REGION_READ == 0 {
+        let flags = region.described.flags;
+        if vma.is_readable() && flags & MUSER_REGION_READ == 0 {
             return Err(EACCES);
         }
-        if region.flags & MUSER_REGION_WRITE == 0 {
+        if flags & MUSER_REGION_WRITE == 0 {
             if vma.is_writable() {
                 return Err(EACCES);
             }

@@ -5,6 +5,7 @@
 //! can test this very file (`tests/model`).
 
 use crate::uapi::*;
+use core::ops::Range;
 
 /// What is wrong with a description, as it goes into `muser_attach`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,8 +35,10 @@ pub(crate) const PCI_CONFIG_REGION: u32 = 7;
 /// Bytes of config space: PCI 3.0, 6.1, and PCI Express 5.0, 7.2.
 const PCI_CONFIG_SIZES: [u64; 2] = [256, 4096];
 
-/// Bytes of a page: the unit of areas.
+/// Bytes of a page: the unit of mappable areas.
 pub(crate) const PAGE_SIZE: u64 = 4096;
+/// The unit of doorbells, in bytes.
+const DOORBELL_SIZE: u64 = 4;
 
 /// The arrays of a description.
 #[derive(Clone, Copy, Debug)]
@@ -50,11 +53,24 @@ pub(crate) struct Arrays<'a> {
     pub(crate) irqs: &'a [muser_irq],
 }
 
+/// A region and what belongs to it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Region<'a> {
+    /// The region.
+    pub(crate) described: &'a muser_region,
+    /// Its areas.
+    pub(crate) areas: &'a [muser_area],
+    /// Place of the first of them among all areas.
+    pub(crate) first_area: usize,
+}
+
 /// Which part of a region an offset is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Segment {
     /// Kernel pages back the next so many bytes.
     Memory(u64),
+    /// So do they, and the process is to hear of a write; with the place among all areas.
+    Doorbell(u64, usize),
     /// The process serves the next so many bytes.
     Forwarded(u64),
 }
@@ -76,25 +92,40 @@ impl<'a> Arrays<'a> {
         }
     }
 
-    /// The region with an index, and its areas.
-    pub(crate) fn region(&self, index: u32) -> Option<(&'a muser_region, &'a [muser_area])> {
-        let mut first = 0;
-        for region in self.regions {
-            let end = first + region.num_areas as usize;
-            if region.index == index {
-                return Some((region, self.areas.get(first..end)?));
-            }
-            first = end;
-        }
-        None
+    /// All regions.
+    pub(crate) fn each_region(self) -> impl Iterator<Item = Region<'a>> {
+        let mut first_area = 0;
+        self.regions.iter().map_while(move |described| {
+            let end = first_area + described.num_areas as usize;
+            let region = Region {
+                described,
+                areas: self.areas.get(first_area..end)?,
+                first_area,
+            };
+            first_area = end;
+            Some(region)
+        })
     }
 
-    /// Bytes of device memory that the areas can come to hold.
+    /// The region with an index.
+    pub(crate) fn region(&self, index: u32) -> Option<Region<'a>> {
+        self.each_region()
+            .find(|region| region.described.index == index)
+    }
+
+    /// Bytes of device memory that the areas can come to hold, in pages.
     pub(crate) fn memory(&self) -> u64 {
-        self.areas
-            .iter()
-            .filter(|area| area.flags & MUSER_AREA_MMAP != 0)
-            .fold(0, |sum, area| sum.saturating_add(area.size))
+        let mut sum = 0u64;
+        for region in self.each_region() {
+            // Doorbells can share a page.
+            let mut counted = 0;
+            for area in region.areas {
+                let pages = pages(area);
+                sum = sum.saturating_add(pages.end - pages.start.max(counted));
+                counted = pages.end;
+            }
+        }
+        sum
     }
 
     /// Finds the first thing that is wrong.
@@ -186,10 +217,15 @@ fn check_areas(region: &muser_region, areas: &[muser_area], first: usize) -> Res
     let mut lowest = 0;
     for (i, area) in areas.iter().enumerate() {
         let fault = |code| Fault::new(code, first + i);
-        if area.flags != MUSER_AREA_MMAP || area.reserved != 0 {
+        let unit = match area.flags {
+            MUSER_AREA_MMAP => PAGE_SIZE,
+            MUSER_AREA_DOORBELL => DOORBELL_SIZE,
+            _ => return Err(fault(MUSER_FAULT_AREA_FLAGS)),
+        };
+        if area.reserved != 0 {
             return Err(fault(MUSER_FAULT_AREA_FLAGS));
         }
-        if area.size == 0 || (area.offset | area.size) % PAGE_SIZE != 0 {
+        if area.size == 0 || (area.offset | area.size) % unit != 0 {
             return Err(fault(MUSER_FAULT_AREA_ALIGN));
         }
         let end = area
@@ -205,17 +241,36 @@ fn check_areas(region: &muser_region, areas: &[muser_area], first: usize) -> Res
     Ok(())
 }
 
-/// Says what serves a region at `offset`, and for how many bytes.
-///
-/// `offset` must be below the region's size.
-pub(crate) fn segment(region: &muser_region, areas: &[muser_area], offset: u64) -> Segment {
-    for area in areas {
-        if offset < area.offset {
-            return Segment::Forwarded(area.offset - offset);
-        }
-        if offset < area.offset + area.size {
-            return Segment::Memory(area.offset + area.size - offset);
-        }
+/// The pages in which a checked area lies, as offsets in its region.
+pub(crate) fn pages(area: &muser_area) -> Range<u64> {
+    let start = area.offset - area.offset % PAGE_SIZE;
+    start..(area.offset + area.size).next_multiple_of(PAGE_SIZE)
+}
+
+impl<'a> Region<'a> {
+    /// The areas which a client can map.
+    pub(crate) fn mappable(&self) -> impl Iterator<Item = &'a muser_area> {
+        self.areas
+            .iter()
+            .filter(|area| area.flags & MUSER_AREA_MMAP != 0)
     }
-    Segment::Forwarded(region.size.saturating_sub(offset))
+
+    /// Says what serves the region at `offset`, and for how many bytes.
+    ///
+    /// `offset` must be below the region's size.
+    pub(crate) fn segment(&self, offset: u64) -> Segment {
+        for (area, place) in self.areas.iter().zip(self.first_area..) {
+            if offset < area.offset {
+                return Segment::Forwarded(area.offset - offset);
+            }
+            let end = area.offset + area.size;
+            if offset < end && area.flags & MUSER_AREA_DOORBELL != 0 {
+                return Segment::Doorbell(end - offset, place);
+            }
+            if offset < end {
+                return Segment::Memory(end - offset);
+            }
+        }
+        Segment::Forwarded(self.described.size.saturating_sub(offset))
+    }
 }

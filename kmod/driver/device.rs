@@ -5,17 +5,19 @@
 //!
 //! `state` is a spinlock, held for a few instructions and never over a copy, an allocation or a
 //! wait. The other locks (a request's `data`, an interrupt index's `vectors`, the memory's
-//! `allocating`) are mutexes of which nothing takes two, and none is held when `state` is taken. The
-//! memory's tree has a spinlock of its own, the only lock that is taken inside another: `allocating`.
+//! `allocating`, the doorbells' `listeners`) are mutexes of which nothing takes two; only the last is
+//! held when `state` is taken. The memory's tree has a spinlock of its own, the only lock that is taken inside another: `allocating`.
 
 use crate::{
     driver::{
         description::Arrays,
+        doorbells::Doorbells,
         irqs::Irqs,
         memory::Memory,
         queue::{Id, Queue, Withdrawn},
         request::{Kind, Request},
-        state::State, //
+        state::State,
+        users::Allowance, //
     },
     uapi::*,
     vfio::{
@@ -41,8 +43,8 @@ use kernel::{
     },
 };
 
-/// Requests in flight at a time; more clients' threads wait for a place.
-const MAX_REQUESTS: usize = 512;
+/// Requests in flight at a time, and the default of the attribute `max_requests`.
+pub(crate) const MAX_REQUESTS: u32 = 512;
 /// How many processes in a row a request may end before it is given up.
 const MAX_REPLAYS: u32 = 64;
 /// Default of the attribute `reattach_timeout_ms`.
@@ -56,6 +58,8 @@ const UNMAP_TIMEOUT_MS: u32 = 1_000;
 
 /// Default of the attribute `max_state`, in bytes.
 const MAX_STATE: u32 = 1 << 20;
+/// Default of the attribute `max_vectors`: twice what an MSI-X table holds.
+const MAX_VECTORS: u32 = 4096;
 
 /// The description that the first process gave, and what was made by it.
 pub(crate) struct Described {
@@ -133,6 +137,7 @@ pub(crate) struct Counters {
     pub(crate) attachments: Counter,
     pub(crate) unmaps: Counter,
     pub(crate) unmaps_forced: Counter,
+    pub(crate) doorbells: Counter,
 }
 
 /// What was said in the log once, so that a hostile process can't flood it.
@@ -200,6 +205,9 @@ pub(crate) struct Device {
     pub(crate) pins: Arc<Pins>,
     /// The attachment that last failed to answer an unmap, and nothing since.
     pub(crate) deaf: Atomic<u64>,
+    /// Who is told of writes to doorbells.
+    #[pin]
+    pub(crate) doorbells: Doorbells,
     /// The page of `muser_status`.
     pub(crate) status: Arc<SharedMemory>,
     /// What it did.
@@ -216,12 +224,21 @@ pub(crate) struct Device {
     pub(crate) unmap_timeout_ms: Atomic<u32>,
     /// Attribute: bytes of state that a process may ask for.
     pub(crate) max_state: Atomic<u32>,
+    /// Attribute: requests of clients in flight at a time; more threads of clients wait.
+    pub(crate) max_requests: Atomic<u32>,
+    /// Attribute: vectors that a description may ask for.
+    pub(crate) max_vectors: Atomic<u32>,
 }
 
 impl Device {
     /// Makes a device which nobody has described.
-    pub(crate) fn new(name: &CStr, bus: u32, inodes: &Arc<Inodes>) -> Result<Arc<Self>> {
-        let mut places = KVVec::with_capacity(MAX_REQUESTS, GFP_KERNEL_ACCOUNT)?;
+    pub(crate) fn new(
+        name: &CStr,
+        bus: u32,
+        inodes: &Arc<Inodes>,
+        allowance: Arc<Allowance>,
+    ) -> Result<Arc<Self>> {
+        let mut places = KVVec::with_capacity(MAX_REQUESTS as usize, GFP_KERNEL_ACCOUNT)?;
         for _ in 0..MAX_REQUESTS {
             places.push(None, GFP_KERNEL_ACCOUNT)?;
         }
@@ -252,7 +269,8 @@ impl Device {
                 takers <- WaitQueue::new(c"muser_takers", static_lock_class!()),
                 successor <- WaitQueue::new(c"muser_successor", static_lock_class!()),
                 room <- WaitQueue::new(c"muser_room", static_lock_class!()),
-                memory: Memory::new()?,
+                memory: Memory::new(allowance)?,
+                doorbells <- Doorbells::new(),
                 pins,
                 deaf: Atomic::new(0),
                 status,
@@ -263,6 +281,8 @@ impl Device {
                 max_pinned: Atomic::new(MAX_PINNED),
                 unmap_timeout_ms: Atomic::new(UNMAP_TIMEOUT_MS),
                 max_state: Atomic::new(MAX_STATE),
+                max_requests: Atomic::new(MAX_REQUESTS),
+                max_vectors: Atomic::new(MAX_VECTORS),
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -356,7 +376,8 @@ impl Device {
         }
     }
 
-    /// Has a process perform a request which nobody waits for.
+    /// Has a process perform a request which nobody waits for. It counts for no limit: places are left
+    /// for it, since a process has fewer slots than there are places.
     pub(crate) fn perform_later(&self, request: &Arc<Request>) {
         let kind = request.kind();
         let queued = {
@@ -381,7 +402,17 @@ impl Device {
         if state.removed {
             return Some(Err(ENODEV));
         }
+        let requests = &state.requests;
+        if requests.queued() + requests.taken() >= self.max_requests.load(Relaxed) {
+            return None;
+        }
         state.queue(request).map(Ok)
+    }
+
+    /// Sets how many requests of clients may be in flight; those that are stay.
+    pub(crate) fn set_max_requests(&self, requests: u32) {
+        self.max_requests.store(requests, Relaxed);
+        self.room.wake_all();
     }
 
     /// How long a request made at `start` has left if nothing changes, and whether that is final.
@@ -453,6 +484,7 @@ impl Device {
             self.publish(&state);
             state.requests.owner_gone(owner)
         };
+        self.doorbells.forget(owner);
         self.counters.replays.add(u64::from(replays));
         loop {
             let poison = self.state.lock().requests.pop_poison(owner);

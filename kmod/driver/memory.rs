@@ -3,7 +3,10 @@
 //! serves them.
 
 use crate::{
-    driver::description::Arrays,
+    driver::{
+        description::{pages, Arrays},
+        users::Allowance, //
+    },
     uapi::*,
     vfio::{
         page::{Charge, SharedPage, PAGE_SIZE},
@@ -39,17 +42,20 @@ pub(crate) struct Memory {
     allocating: Mutex<()>,
     allocated: Atomic<u64>,
     charge: Charge,
+    /// What its user has given up for it. It goes with the last mapping of the memory.
+    pub(crate) allowance: Arc<Allowance>,
 }
 
 impl Memory {
     /// Makes an empty memory, paid for by the current process's memory cgroup.
-    pub(crate) fn new() -> Result<Arc<Self>> {
+    pub(crate) fn new(allowance: Arc<Allowance>) -> Result<Arc<Self>> {
         Arc::pin_init(
             try_pin_init!(Self {
                 pages <- XArray::new(AllocKind::Alloc),
                 allocating <- new_mutex!((), "muser_memory"),
                 allocated: Atomic::new(0),
                 charge: Charge::current(),
+                allowance,
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -100,15 +106,13 @@ impl Memory {
     /// Makes zeroes of all pages that areas of `arrays` have: what one client left there is not for
     /// the next.
     pub(crate) fn clear(&self, arrays: &Arrays<'_>) {
-        for region in arrays.regions {
-            let Some((_, areas)) = arrays.region(region.index) else {
-                continue;
-            };
-            let start = u64::from(region.index) << MUSER_MMAP_REGION_SHIFT;
-            for area in areas {
-                let first = (start + area.offset) as usize / PAGE_SIZE;
-                let count = area.size as usize / PAGE_SIZE;
-                for page in (first..first + count).filter_map(|index| self.lookup(index)) {
+        for region in arrays.each_region() {
+            let start = u64::from(region.described.index) << MUSER_MMAP_REGION_SHIFT;
+            for area in region.areas {
+                let pages = pages(area);
+                let first = (start + pages.start) as usize / PAGE_SIZE;
+                let end = (start + pages.end) as usize / PAGE_SIZE;
+                for page in (first..end).filter_map(|index| self.lookup(index)) {
                     page.clear();
                 }
             }

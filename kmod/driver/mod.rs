@@ -5,16 +5,19 @@
 //! and goes out at [`node`]. There is no `unsafe` in this folder.
 
 mod attach;
+mod attributes;
 mod client;
 mod description;
 mod device;
 mod dma;
+mod doorbells;
 mod irqs;
 mod memory;
 mod node;
 mod queue;
 mod request;
 mod state;
+mod users;
 
 use crate::{
     uapi::*,
@@ -24,15 +27,17 @@ use crate::{
         device::Registration,
         inode::Inodes,
         mdev::{self, Type},
-        sysfs::{Attribute, Entry, File}, //
+        owner::Owner,
+        sysfs::Entry, //
     },
 };
 use device::Device;
 use kernel::{
     prelude::*,
-    sync::{atomic::Relaxed, Arc}, //
+    sync::Arc, //
 };
 use node::NodeFile;
+use users::{Place, Users};
 
 /// Devices of each type that there may be.
 const MAX_DEVICES: u32 = 1024;
@@ -60,6 +65,7 @@ pub(crate) struct Context {
     bus: u32,
     numbers: Arc<Numbers>,
     inodes: Arc<Inodes>,
+    users: Arc<Users>,
 }
 
 /// All that the module registers. Fields are dropped in order: types first, so that every device is
@@ -75,17 +81,20 @@ impl Driver {
         let class = Class::new(c"muser")?;
         let numbers = Numbers::new(class, c"muser", 2 * MAX_DEVICES)?;
         let inodes = Inodes::new()?;
-        let register = |description, bus| {
+        let users = Users::new()?;
+        let register = |description, bus, files| {
             let context = Context {
                 bus,
                 numbers: numbers.clone(),
                 inodes: inodes.clone(),
+                users: users.clone(),
             };
-            mdev::Registration::new(module, numbers.class(), description, context)
+            mdev::Registration::new(module, numbers.class(), description, files, context)
         };
         Ok(Self {
-            _pci: register(&PCI, MUSER_BUS_PCI)?,
-            _platform: register(&PLATFORM, MUSER_BUS_PLATFORM)?,
+            // The limits of users hold for both types together; they are beside the first.
+            _pci: register(&PCI, MUSER_BUS_PCI, attributes::PARENT)?,
+            _platform: register(&PLATFORM, MUSER_BUS_PLATFORM, &[])?,
         })
     }
 }
@@ -96,6 +105,8 @@ pub(crate) struct Mdev {
     _vfio: Registration<Device>,
     device: HangUp,
     _node: Node<NodeFile>,
+    owner: Owner,
+    _place: Place,
 }
 
 /// Tells processes that their device is gone.
@@ -110,109 +121,26 @@ impl Drop for HangUp {
 impl mdev::Driver for Mdev {
     type Context = Context;
 
-    const ATTRIBUTES: &'static [Entry<Self>] = &[
-        File::<Self, ReattachTimeout>::ENTRY,
-        File::<Self, MaxMemory>::ENTRY,
-        File::<Self, MaxPinned>::ENTRY,
-        File::<Self, UnmapTimeout>::ENTRY,
-        File::<Self, MaxState>::ENTRY,
-    ];
+    const ATTRIBUTES: &'static [Entry<Self>] = attributes::DEVICE;
 
     fn probe(parent: &mdev::Device, context: &Context) -> Result<Pin<KBox<Self>>> {
-        let device = HangUp(Device::new(parent.name(), context.bus, &context.inodes)?);
-        let node = Node::new(&context.numbers, parent, device.0.clone())?;
+        let owner = Owner::current();
+        let (place, allowance) = context.users.admit(owner.uid())?;
+        let device = HangUp(Device::new(
+            parent.name(),
+            context.bus,
+            &context.inodes,
+            allowance,
+        )?);
+        let node = Node::new(&context.numbers, parent, owner, device.0.clone())?;
         let vfio = Registration::new(parent, device.0.clone())?;
         let mdev = Self {
             _vfio: vfio,
             device,
             _node: node,
+            owner,
+            _place: place,
         };
         Ok(KBox::new(mdev, GFP_KERNEL_ACCOUNT)?.into())
-    }
-}
-
-/// How long a request waits while no process is attached, in milliseconds.
-struct ReattachTimeout;
-
-impl Attribute<Mdev> for ReattachTimeout {
-    const NAME: &'static CStr = c"reattach_timeout_ms";
-
-    fn show(mdev: &Mdev) -> u64 {
-        u64::from(mdev.device.0.reattach_timeout_ms.load(Relaxed))
-    }
-
-    fn store(mdev: &Mdev, ms: u64) -> Result {
-        let ms = u32::try_from(ms).map_err(|_| ERANGE)?;
-        mdev.device.0.reattach_timeout_ms.store(ms, Relaxed);
-        Ok(())
-    }
-}
-
-/// How many bytes of device memory a description may ask for.
-struct MaxMemory;
-
-impl Attribute<Mdev> for MaxMemory {
-    const NAME: &'static CStr = c"max_memory";
-
-    fn show(mdev: &Mdev) -> u64 {
-        mdev.device.0.max_memory.load(Relaxed)
-    }
-
-    fn store(mdev: &Mdev, bytes: u64) -> Result {
-        if mdev.device.0.described().is_ok() {
-            return Err(EBUSY);
-        }
-        mdev.device.0.max_memory.store(bytes, Relaxed);
-        Ok(())
-    }
-}
-
-/// How many bytes of its client's memory may be pinned at a time.
-struct MaxPinned;
-
-impl Attribute<Mdev> for MaxPinned {
-    const NAME: &'static CStr = c"max_pinned";
-
-    fn show(mdev: &Mdev) -> u64 {
-        mdev.device.0.max_pinned.load(Relaxed)
-    }
-
-    fn store(mdev: &Mdev, bytes: u64) -> Result {
-        mdev.device.0.max_pinned.store(bytes, Relaxed);
-        Ok(())
-    }
-}
-
-/// How long a client's unmap waits for the process to let go of the range, in milliseconds.
-struct UnmapTimeout;
-
-impl Attribute<Mdev> for UnmapTimeout {
-    const NAME: &'static CStr = c"unmap_timeout_ms";
-
-    fn show(mdev: &Mdev) -> u64 {
-        u64::from(mdev.device.0.unmap_timeout_ms.load(Relaxed))
-    }
-
-    fn store(mdev: &Mdev, ms: u64) -> Result {
-        let ms = u32::try_from(ms).map_err(|_| ERANGE)?;
-        mdev.device.0.unmap_timeout_ms.store(ms, Relaxed);
-        Ok(())
-    }
-}
-
-/// How many bytes of state a process may ask for. What it has been given it keeps.
-struct MaxState;
-
-impl Attribute<Mdev> for MaxState {
-    const NAME: &'static CStr = c"max_state";
-
-    fn show(mdev: &Mdev) -> u64 {
-        u64::from(mdev.device.0.max_state.load(Relaxed))
-    }
-
-    fn store(mdev: &Mdev, bytes: u64) -> Result {
-        let bytes = u32::try_from(bytes).map_err(|_| ERANGE)?;
-        mdev.device.0.max_state.store(bytes, Relaxed);
-        Ok(())
     }
 }

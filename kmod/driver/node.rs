@@ -3,6 +3,7 @@
 
 use crate::{
     driver::{
+        client::Side,
         device::{Complaint, Device},
         memory::{ProcessPager, StatePager},
         queue::{Holder, Id, ReplyError},
@@ -13,6 +14,7 @@ use crate::{
     vfio::{
         chrdev::{self, POLL_GONE, POLL_IN},
         errno::Errno,
+        eventfd::EventFd,
         inode::Inode,
         page::PAGE_SIZE,
         shared::SharedMemory,
@@ -123,6 +125,10 @@ impl Argument for muser_dma_copy {
     const FIRST_SIZE: usize = 32;
 }
 
+impl Argument for muser_doorbell {
+    const FIRST_SIZE: usize = 16;
+}
+
 impl chrdev::Operations for NodeFile {
     type Target = Device;
 
@@ -152,6 +158,7 @@ impl chrdev::Operations for NodeFile {
             MUSER_DMA_ACQUIRE => self.acquire(argument),
             MUSER_DMA_RELEASE => self.release(argument),
             MUSER_DMA_COPY => self.copy(argument),
+            MUSER_DOORBELL => self.doorbell(argument),
             _ => return Err(ENOTTY),
         }?;
         Ok(0)
@@ -183,7 +190,8 @@ impl chrdev::Operations for NodeFile {
                 Ok(())
             }
             first @ REGIONS.. => {
-                self.device.check_mapping(vma, first - REGIONS)?;
+                self.device
+                    .check_mapping(vma, first - REGIONS, Side::Process)?;
                 vma.fill::<ProcessPager>(self.device.memory.clone());
                 Ok(())
             }
@@ -416,6 +424,30 @@ impl NodeFile {
         let count = trigger.signalled.count_ones();
         self.device.counters.interrupts.add(u64::from(count));
         trigger.write(argument)
+    }
+}
+
+impl NodeFile {
+    /// `MUSER_DOORBELL`.
+    fn doorbell(&self, argument: UserPtr) -> Result {
+        let doorbell = muser_doorbell::read(argument)?;
+        if doorbell.flags != 0 {
+            return Err(EINVAL);
+        }
+        let attached = self.serving()?;
+        let arrays = self.device.described()?.arrays();
+        let area = doorbell.area as usize;
+        match arrays.areas.get(area) {
+            Some(area) if area.flags & MUSER_AREA_DOORBELL != 0 => {}
+            _ => return Err(ENXIO),
+        }
+        let eventfd = match doorbell.fd {
+            -1 => None,
+            fd => Some(EventFd::from_fd(fd)?),
+        };
+        self.device
+            .doorbells
+            .listen(area, attached.owner, eventfd, || self.serving().map(drop))
     }
 }
 

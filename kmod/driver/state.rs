@@ -6,7 +6,8 @@
 use crate::{
     driver::{
         queue::{Entry, Holder, Id, Queue, Taken},
-        request::{Kind, Request}, //
+        request::{Kind, Request},
+        users::Reserved, //
     },
     uapi::*,
     vfio::{
@@ -63,6 +64,8 @@ pub(crate) struct Attachment {
     pub(crate) slots: Slots,
     /// Bytes of state it asked for.
     pub(crate) state_size: u32,
+    /// Memory set aside for it, until it is the present one.
+    pub(crate) reserved: Option<Reserved>,
     /// Who it is.
     pub(crate) process: Process,
 }
@@ -111,8 +114,11 @@ impl State {
     /// Makes an attachment the present one; without one, whoever waits in standby.
     pub(crate) fn serve(&mut self, attachment: Option<Attachment>) {
         self.attachment = attachment.or_else(|| self.standby.take());
-        if let Some(attachment) = &self.attachment {
+        if let Some(attachment) = &mut self.attachment {
             self.state_size = self.state_size.max(attachment.state_size);
+            if let Some(reserved) = attachment.reserved.take() {
+                reserved.keep();
+            }
         }
     }
 

@@ -5,7 +5,15 @@
 //!
 //! C headers: `include/linux/cdev.h`, `include/linux/fs.h`, `include/linux/idr.h`.
 
-use super::{bindings, class::Class, inode::Inode, mdev, vm::NewVma, wait::WaitQueue};
+use super::{
+    bindings,
+    class::Class,
+    inode::Inode,
+    mdev,
+    owner::Owner,
+    vm::NewVma,
+    wait::WaitQueue, //
+};
 use core::{
     marker::PhantomData,
     mem::offset_of,
@@ -122,8 +130,7 @@ struct Inner<O: Operations> {
     device: bindings::device,
     numbers: Arc<Numbers>,
     minor: u32,
-    uid: bindings::kuid_t,
-    gid: bindings::kgid_t,
+    owner: Owner,
     target: Arc<O::Target>,
 }
 
@@ -140,10 +147,11 @@ unsafe impl<O: Operations> Send for Node<O> {}
 unsafe impl<O: Operations> Sync for Node<O> {}
 
 impl<O: Operations> Node<O> {
-    /// Makes a node named after `parent`, owned by the user of the current process, mode 0600.
+    /// Makes a node named after `parent`, which belongs to `owner`, mode 0600.
     pub(crate) fn new(
         numbers: &Arc<Numbers>,
         parent: &mdev::Device,
+        owner: Owner,
         target: Arc<O::Target>,
     ) -> Result<Self> {
         let minor = numbers.minor()?;
@@ -153,10 +161,7 @@ impl<O: Operations> Node<O> {
                 device: pin_init::zeroed(),
                 numbers: numbers.clone(),
                 minor,
-                // SAFETY: Looks at the current task.
-                uid: unsafe { bindings::muser_current_fsuid() },
-                // SAFETY: As above.
-                gid: unsafe { bindings::muser_current_fsgid() },
+                owner,
                 target,
             },
             GFP_KERNEL_ACCOUNT,
@@ -270,11 +275,11 @@ impl<O: Operations> VTable<O> {
         }
         if !uid.is_null() {
             // SAFETY: As above.
-            unsafe { *uid = (*inner).uid };
+            unsafe { *uid = (*inner).owner.uid };
         }
         if !gid.is_null() {
             // SAFETY: As above.
-            unsafe { *gid = (*inner).gid };
+            unsafe { *gid = (*inner).owner.gid };
         }
         // SAFETY: The device has its name.
         unsafe { bindings::muser_devnode_name(device) }

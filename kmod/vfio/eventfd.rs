@@ -10,7 +10,7 @@ use kernel::{
     prelude::*, //
 };
 
-/// A reference to the eventfd behind a file descriptor of a client.
+/// A reference to the eventfd behind a file descriptor of a client or process.
 ///
 /// # Invariants
 ///

@@ -251,6 +251,16 @@ kgid_t muser_current_fsgid(void)
 	return current_fsgid();
 }
 
+u32 muser_uid_value(kuid_t uid)
+{
+	return from_kuid(&init_user_ns, uid);
+}
+
+u32 muser_gid_value(kgid_t gid)
+{
+	return from_kgid(&init_user_ns, gid);
+}
+
 char *muser_devnode_name(const struct device *dev)
 {
 	return kasprintf(GFP_KERNEL, "muser/%s", dev_name(dev));

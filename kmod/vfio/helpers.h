@@ -81,6 +81,8 @@ void *muser_inode_cdev(struct inode *inode);
 void muser_ida_init(struct ida *ida);
 kuid_t muser_current_fsuid(void);
 kgid_t muser_current_fsgid(void);
+u32 muser_uid_value(kuid_t uid);
+u32 muser_gid_value(kgid_t gid);
 char *muser_devnode_name(const struct device *dev);
 u32 muser_pid_in_current_ns(struct task_struct *task);
 

@@ -12,7 +12,7 @@ use kernel::{
     container_of,
     error::{from_err_ptr, to_result},
     prelude::*,
-    types::{ForeignOwnable, Opaque}, //
+    types::Opaque, //
 };
 
 /// What makes and unmakes devices. The value lives as long as its device is bound.
@@ -20,7 +20,7 @@ pub(crate) trait Driver: Sized + Send + Sync + 'static {
     /// What all devices of a type share.
     type Context: Send + Sync + 'static;
 
-    /// `vfio::sysfs::File::ENTRY` of each attribute.
+    /// Files beside each device: `vfio::sysfs::File::ENTRY` or `FACT`.
     const ATTRIBUTES: &'static [sysfs::Entry<Self>];
 
     /// Makes a device, in the process which wrote to `create`. Dropping the value unmakes it, and
@@ -49,16 +49,6 @@ impl Device {
     }
 }
 
-/// The driver's value of a device that is bound to it.
-///
-/// # Safety
-///
-/// `device` must be bound to `D`, for as long as the value is used.
-pub(super) unsafe fn data<'a, D: Driver>(device: *mut bindings::device) -> &'a D {
-    // SAFETY: `probe` put a `Pin<KBox<D>>` there.
-    Pin::get_ref(unsafe { <Pin<KBox<D>>>::borrow((*device).driver_data) })
-}
-
 /// A type of device.
 pub(crate) struct Type {
     /// Second half of the type's directory: the first is the class of the parent.
@@ -83,10 +73,8 @@ struct Inner<D: Driver> {
     parent: Opaque<bindings::mdev_parent>,
     mdev_type: Opaque<bindings::mdev_type>,
     types: Opaque<[*mut bindings::mdev_type; 1]>,
-    groups: Opaque<[*const bindings::attribute_group; 2]>,
-    group: Opaque<bindings::attribute_group>,
-    /// Ends with null, as C wants it.
-    attributes: KVec<*const bindings::attribute>,
+    attributes: sysfs::Group,
+    parent_attributes: sysfs::Group,
     description: &'static Type,
     context: D::Context,
     device: *mut bindings::device,
@@ -98,27 +86,23 @@ unsafe impl<D: Driver> Send for Registration<D> {}
 unsafe impl<D: Driver> Sync for Registration<D> {}
 
 impl<D: Driver> Registration<D> {
-    /// Registers the driver, makes a parent device in `class`, and registers the type with it.
+    /// Registers the driver, makes a parent device in `class` with files for `parent_attributes`, and
+    /// registers the type with it.
     pub(crate) fn new(
         module: &'static ThisModule,
         class: &super::class::Class,
         description: &'static Type,
+        parent_attributes: &[sysfs::Entry<D::Context>],
         context: D::Context,
     ) -> Result<Self> {
-        let mut attributes = KVec::new();
-        for entry in D::ATTRIBUTES {
-            attributes.push(entry.as_ptr(), GFP_KERNEL)?;
-        }
-        attributes.push(core::ptr::null(), GFP_KERNEL)?;
         let inner = Pin::from(KBox::new(
             Inner {
                 driver: Opaque::zeroed(),
                 parent: Opaque::zeroed(),
                 mdev_type: Opaque::zeroed(),
                 types: Opaque::zeroed(),
-                groups: Opaque::zeroed(),
-                group: Opaque::zeroed(),
-                attributes,
+                attributes: sysfs::Group::new(D::ATTRIBUTES)?,
+                parent_attributes: sysfs::Group::new(parent_attributes)?,
                 description,
                 context,
                 device: null_mut(),
@@ -134,13 +118,18 @@ impl<D: Driver> Registration<D> {
             unsafe { bindings::mdev_unregister_driver(inner.driver.get()) }
         });
         // No bus and no driver: the C core takes the class for the first half of the type's name.
-        // SAFETY: The class is registered, and the name is copied.
+        let data: *const D::Context = &inner.context;
+        // SAFETY: `inner` does not move, and outlives the device.
+        let groups = unsafe { inner.parent_attributes.list() };
+        // SAFETY: The class is registered, the name is copied, and the attributes work on the data,
+        // which outlive the device.
         let device = from_err_ptr(unsafe {
-            bindings::device_create(
+            bindings::device_create_with_groups(
                 class.as_ptr(),
                 null_mut(),
                 0,
-                null_mut(),
+                data.cast_mut().cast(),
+                groups,
                 c"%s".as_char_ptr(),
                 description.parent.as_char_ptr(),
             )
@@ -170,12 +159,8 @@ impl<D: Driver> Registration<D> {
 
     fn fill(inner: &Pin<KBox<Inner<D>>>, module: &'static ThisModule) {
         let description = inner.description;
-        // SAFETY: Nobody else knows of these structs yet; likewise below.
-        let group = unsafe { &mut *inner.group.get() };
-        group.__bindgen_anon_2.attrs = inner.attributes.as_ptr().cast_mut().cast();
-        // SAFETY: As above.
-        unsafe { *inner.groups.get() = [inner.group.get(), core::ptr::null()] };
-
+        // SAFETY: Nobody else knows of these structs yet, and `inner` does not move; likewise below.
+        let groups = unsafe { inner.attributes.list() };
         // SAFETY: As above.
         let mdev_type = unsafe { &mut *inner.mdev_type.get() };
         mdev_type.sysfs_name = description.name.as_char_ptr();
@@ -192,7 +177,7 @@ impl<D: Driver> Registration<D> {
         driver.show_description = Some(VTable::<D>::show_description);
         driver.driver.name = description.parent.as_char_ptr();
         driver.driver.owner = module.as_ptr();
-        driver.driver.dev_groups = inner.groups.get().cast();
+        driver.driver.dev_groups = groups;
     }
 }
 
@@ -248,8 +233,10 @@ impl<D: Driver> VTable<D> {
         };
         match D::probe(&device, &inner.context) {
             Ok(data) => {
+                // SAFETY: The value stays where it is until `remove` has it back.
+                let data = KBox::into_raw(unsafe { Pin::into_inner_unchecked(data) });
                 // SAFETY: The core holds the device's lock; nobody reads the field yet.
-                unsafe { (*raw).driver_data = data.into_foreign() };
+                unsafe { (*raw).driver_data = data.cast() };
                 0
             }
             Err(error) => error.to_errno(),
@@ -260,8 +247,9 @@ impl<D: Driver> VTable<D> {
     ///
     /// Only for the C core, as `remove` of `struct mdev_driver`.
     unsafe extern "C" fn remove(mdev: *mut bindings::mdev_device) {
-        // SAFETY: `probe` put the box there, and the device is being unbound.
-        drop(unsafe { <Pin<KBox<D>>>::from_foreign((*mdev).dev.driver_data) });
+        // SAFETY: `probe` leaked the box, and the device is being unbound.
+        let data = unsafe { KBox::from_raw((*mdev).dev.driver_data.cast::<D>()) };
+        drop(Pin::from(data));
     }
 
     /// # Safety

@@ -16,6 +16,7 @@ pub(crate) mod eventfd;
 pub(crate) mod inode;
 pub(crate) mod irq_set;
 pub(crate) mod mdev;
+pub(crate) mod owner;
 pub(crate) mod page;
 pub(crate) mod pins;
 pub(crate) mod process;

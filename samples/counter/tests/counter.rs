@@ -176,7 +176,8 @@ fn death_at_any_moment_counts_once() {
                     assert_eq!(go(&client, 2, &memory, round, round), [sum, round]);
                 }
             }
-            expected[usize::try_from(round % 3).unwrap()] += [10, 1, round][round as usize % 3];
+            let lane = usize::try_from(round % 3).unwrap();
+            expected[lane] += [10, 1, round][lane];
         }
     }
     let counted = [0, 1, 2].map(|lane| read(&client, lane, VALUE));

@@ -42,6 +42,12 @@ pub struct Description {
 
 /// Region of [`Description::pci`] which the process serves as a whole: 64 KiB.
 pub const TRAPPED: u32 = 0;
+/// Offset and size of a doorbell of [`Description::with_doorbells`], the first of all areas.
+pub const BELL: (u64, u64) = (0x8010, 8);
+/// As [`BELL`], the second of all areas.
+pub const NEXT_BELL: (u64, u64) = (0x8018, 4);
+/// As [`BELL`], the third of all areas.
+pub const FAR_BELL: (u64, u64) = (0x9ffc, 8);
 /// Region of [`Description::pci`] with a mappable area in the middle: 16 KiB, of which
 /// [`MIXED_AREA`] is device memory.
 pub const MIXED: u32 = 1;
@@ -87,6 +93,14 @@ pub fn area(offset: u64, size: u64) -> muser_area {
         size,
         flags: MUSER_AREA_MMAP,
         ..Default::default()
+    }
+}
+
+/// A doorbell.
+pub fn doorbell(offset: u64, size: u64) -> muser_area {
+    muser_area {
+        flags: MUSER_AREA_DOORBELL,
+        ..area(offset, size)
     }
 }
 
@@ -148,6 +162,16 @@ impl Description {
             ],
             ..Self::minimal()
         }
+    }
+
+    /// [`Description::pci`] with doorbells in [`TRAPPED`]: [`BELL`] and [`NEXT_BELL`] side by side,
+    /// and [`FAR_BELL`], which lies across a page's edge.
+    pub fn with_doorbells() -> Self {
+        let mut description = Self::pci();
+        let bells = [BELL, NEXT_BELL, FAR_BELL].map(|(offset, size)| doorbell(offset, size));
+        description.regions[0].num_areas = 3;
+        description.areas.splice(0..0, bells);
+        description
     }
 
     /// A platform device with one region.
@@ -319,6 +343,21 @@ impl Node {
         };
         sys::ioctl(self, MUSER_TRIGGER, &mut trigger)?;
         Ok(trigger.signalled)
+    }
+
+    /// `MUSER_DOORBELL`.
+    ///
+    /// # Errors
+    ///
+    /// The errno of the ioctl.
+    pub fn doorbell(&self, area: u32, fd: i32) -> io::Result<()> {
+        let mut doorbell = muser_doorbell {
+            size: size_of::<muser_doorbell>() as u32,
+            flags: 0,
+            area,
+            fd,
+        };
+        sys::ioctl(self, MUSER_DOORBELL, &mut doorbell).map(drop)
     }
 
     /// Maps part of a region, for reading and writing.

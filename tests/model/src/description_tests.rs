@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Descriptions: each fault, where it is found, and what a description says of a region.
 
-use crate::description::{segment, Arrays, Fault, Segment};
+use crate::description::{pages, Arrays, Fault, Segment};
 use crate::uapi::*;
 use proptest::prelude::*;
 
@@ -23,6 +23,13 @@ fn area(offset: u64, size: u64) -> muser_area {
         size,
         flags: MUSER_AREA_MMAP,
         reserved: 0,
+    }
+}
+
+fn doorbell(offset: u64, size: u64) -> muser_area {
+    muser_area {
+        flags: MUSER_AREA_DOORBELL,
+        ..area(offset, size)
     }
 }
 
@@ -183,34 +190,107 @@ fn memory_is_the_sum_of_mappable_areas() {
     assert_eq!(Sample::good().arrays().memory(), 3 * PAGE);
 }
 
+/// A good description with these areas in region 0, of 4 pages.
+fn with_areas(areas: Vec<muser_area>) -> Sample {
+    let mut sample = Sample::good();
+    sample.regions[0].num_areas = areas.len() as u32;
+    sample.areas = areas;
+    sample
+}
+
+#[test]
+fn doorbells_lie_anywhere_at_multiples_of_4() {
+    let areas = vec![
+        area(0, PAGE),
+        doorbell(PAGE, 4),
+        doorbell(PAGE + 4, PAGE),
+        doorbell(4 * PAGE - 4, 4),
+    ];
+    assert_eq!(with_areas(areas).check(), Ok(()));
+
+    let faulty = |area, code| {
+        let sample = with_areas(vec![doorbell(0, 8), area]);
+        assert_eq!(sample.check(), Err(Fault::new(code, 1)));
+    };
+    faulty(doorbell(10, 4), MUSER_FAULT_AREA_ALIGN);
+    faulty(doorbell(12, 2), MUSER_FAULT_AREA_ALIGN);
+    faulty(doorbell(12, 0), MUSER_FAULT_AREA_ALIGN);
+    faulty(doorbell(4, 8), MUSER_FAULT_AREA_OVERLAP);
+    faulty(doorbell(4 * PAGE - 4, 8), MUSER_FAULT_AREA_OVERFLOW);
+    faulty(doorbell(u64::MAX - 3, 4), MUSER_FAULT_AREA_OVERFLOW);
+    // What is mapped is mapped by pages, also behind a doorbell.
+    faulty(area(8, PAGE), MUSER_FAULT_AREA_ALIGN);
+}
+
+#[test]
+fn doorbells_in_one_page_need_one_page() {
+    let memory = |areas| with_areas(areas).arrays().memory();
+
+    assert_eq!(memory(vec![doorbell(PAGE + 8, 4)]), PAGE);
+    assert_eq!(memory(vec![doorbell(8, 4), doorbell(16, 4)]), PAGE);
+    assert_eq!(memory(vec![doorbell(PAGE - 4, 8)]), 2 * PAGE);
+    assert_eq!(
+        memory(vec![
+            doorbell(8, 4),
+            doorbell(PAGE - 4, 8),
+            doorbell(PAGE + 4, 4)
+        ]),
+        2 * PAGE
+    );
+    assert_eq!(memory(vec![area(0, PAGE), doorbell(PAGE, 4)]), 2 * PAGE);
+}
+
+#[test]
+fn pages_of_a_region_without_whole_pages_reach_beyond_it() {
+    assert_eq!(pages(&doorbell(4, 8)), 0..PAGE);
+    assert_eq!(pages(&doorbell(PAGE - 4, 8)), 0..2 * PAGE);
+    assert_eq!(pages(&area(PAGE, PAGE)), PAGE..2 * PAGE);
+}
+
 proptest! {
-    /// Walking a region segment by segment reaches its end, and every byte is memory exactly where
-    /// an area says so.
+    /// Walking a region segment by segment reaches its end, and every byte is what its area says.
     #[test]
     fn segments_cover_region(
         cuts in prop::collection::btree_set(0..64u64, 0..12),
+        kinds in prop::collection::vec(any::<bool>(), 6),
         start in 0..64 * PAGE,
     ) {
         let cuts: Vec<u64> = cuts.into_iter().collect();
-        let areas: Vec<muser_area> = cuts
+        let own: Vec<muser_area> = cuts
             .chunks_exact(2)
-            .map(|pair| area(pair[0] * PAGE, (pair[1] - pair[0]) * PAGE))
+            .zip(kinds)
+            .map(|(pair, ring)| match ring {
+                false => area(pair[0] * PAGE, (pair[1] - pair[0]) * PAGE),
+                true => doorbell(pair[0] * PAGE + 4, (pair[1] - pair[0]) * PAGE - 8),
+            })
             .collect();
-        let region = region(0, 64 * PAGE, areas.len() as u32);
+        // Two areas of another region come first.
+        let mut sample = Sample::good();
+        sample.regions[1] = region(2, 64 * PAGE, own.len() as u32);
+        sample.areas.extend(&own);
+        prop_assert_eq!(sample.check(), Ok(()));
+        let arrays = sample.arrays();
+        let region = arrays.region(2).unwrap();
         let mut at = start;
-        while at < region.size {
-            let (memory, len) = match segment(&region, &areas, at) {
-                Segment::Memory(len) => (true, len),
-                Segment::Forwarded(len) => (false, len),
+        while at < region.described.size {
+            let (flags, len) = match region.segment(at) {
+                Segment::Memory(len) => (Some(MUSER_AREA_MMAP), len),
+                Segment::Doorbell(len, place) => {
+                    prop_assert!(arrays.areas[place].offset <= at);
+                    prop_assert_eq!(arrays.areas[place].offset + arrays.areas[place].size, at + len);
+                    prop_assert!(place >= 2);
+                    (Some(MUSER_AREA_DOORBELL), len)
+                }
+                Segment::Forwarded(len) => (None, len),
             };
-            prop_assert!(len > 0 && len <= region.size - at);
+            prop_assert!(len > 0 && len <= region.described.size - at);
             for byte in [at, at + len / 2, at + len - 1] {
-                let inside = areas.iter().any(|a| (a.offset..a.offset + a.size).contains(&byte));
-                prop_assert_eq!(inside, memory);
+                let inside = own.iter().find(|a| (a.offset..a.offset + a.size).contains(&byte));
+                prop_assert_eq!(inside.map(|area| area.flags), flags);
             }
             at += len;
         }
-        prop_assert_eq!(at, region.size);
+        prop_assert_eq!(at, region.described.size);
     }
 
     /// No description, however odd, makes the checks panic; and what passes fits its limits.

@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 
 use iommufd_bindings::{iommu_ioas_map, iommu_ioas_unmap};
-use muser_uapi::{muser_attach, muser_dma, muser_next, muser_query, muser_trigger};
+use muser_uapi::{muser_attach, muser_dma, muser_doorbell, muser_next, muser_query, muser_trigger};
 use vfio_bindings::bindings::vfio as vfio_abi;
 use zerocopy::IntoBytes;
 
@@ -42,6 +42,8 @@ unsafe impl IoctlArgument for muser_trigger {}
 unsafe impl IoctlArgument for muser_query {}
 // SAFETY: as above.
 unsafe impl IoctlArgument for muser_dma {}
+// SAFETY: as above.
+unsafe impl IoctlArgument for muser_doorbell {}
 // SAFETY: plain integers; `argsz` bounds what the kernel writes.
 unsafe impl IoctlArgument for vfio_abi::vfio_device_info {}
 // SAFETY: as above.

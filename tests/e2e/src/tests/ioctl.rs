@@ -74,6 +74,11 @@ fn calls() -> Vec<Call> {
         size: size_of::<muser_dma_copy>() as u32,
         ..Default::default()
     };
+    let doorbell = muser_doorbell {
+        size: size_of::<muser_doorbell>() as u32,
+        fd: -1,
+        ..Default::default()
+    };
     vec![
         Call {
             name: "DMA_ACQUIRE",
@@ -111,6 +116,13 @@ fn calls() -> Vec<Call> {
             flags: Some(4),
         },
         Call {
+            name: "DOORBELL",
+            number: MUSER_DOORBELL,
+            argument: doorbell.as_bytes().to_vec(),
+            reserved: &[],
+            flags: Some(4),
+        },
+        Call {
             name: "QUERY",
             number: MUSER_QUERY,
             argument: query.as_bytes().to_vec(),
@@ -136,13 +148,13 @@ fn on_each(
     change: impl Fn(&Call) -> Vec<u8>,
     judge: impl Fn(&Call, std::io::Result<i32>) -> Result<()>,
 ) -> Result<()> {
-    let Bare { server, mdev } = Bare::new()?;
+    let Bare { server, mdev } = Bare::with(&Description::with_doorbells())?;
     for call in calls() {
         let result = sys::ioctl_bytes(server.node(), call.number, &mut change(&call));
         judge(&call, result)?;
     }
     drop(server);
-    let description = Description::pci();
+    let description = Description::with_doorbells();
     let call = attach(&description);
     let node = Node::open(&mdev)?;
     judge(

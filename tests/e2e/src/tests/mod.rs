@@ -14,6 +14,7 @@ mod dma_pins;
 mod dma_race;
 mod dma_unmap;
 mod dma_window;
+mod doorbell;
 mod gpio;
 mod info;
 mod interop;
@@ -27,6 +28,7 @@ mod module;
 mod muserctl;
 mod owner;
 mod parallel;
+mod quota;
 mod reply;
 mod request;
 mod standby;
@@ -108,6 +110,7 @@ pub(crate) fn all() -> Vec<Test> {
         module::long,
         sysfs::tests,
         owner::tests,
+        quota::tests,
         attach::tests,
         attach_limit::tests,
         ioctl::tests,
@@ -133,6 +136,7 @@ pub(crate) fn all() -> Vec<Test> {
         dma_bad::tests,
         dma_race::tests,
         dma_dirty::tests,
+        doorbell::tests,
         close::tests,
         interop::tests,
         conformance::tests,

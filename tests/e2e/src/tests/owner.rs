@@ -16,15 +16,22 @@ topic!("owner", once: [
     node_of_root_is_root_only,
     node_belongs_to_creator,
     creator_serves_without_root,
+    attributes_say_whose_it_is,
     stranger_refused,
     create_by_stranger_refused,
 ], roads: []);
 
-const USER: u32 = 1234;
-const GROUP: u32 = 5678;
+/// A user that no file of the guest belongs to.
+pub(super) const USER: u32 = 1234;
+/// A group likewise.
+pub(super) const GROUP: u32 = 5678;
 
 /// Runs `act` in a thread that is another user to the file system.
-fn as_user<T: Send>(uid: u32, gid: u32, act: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+pub(super) fn as_user<T: Send>(
+    uid: u32,
+    gid: u32,
+    act: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
     std::thread::scope(|scope| {
         let thread = scope.spawn(move || {
             sys::set_fs_ids(uid, gid);
@@ -36,32 +43,35 @@ fn as_user<T: Send>(uid: u32, gid: u32, act: impl FnOnce() -> Result<T> + Send) 
     })
 }
 
-/// Gives `create` to the user for as long as the value lives.
-struct CreateGiven;
+/// Gives `create` to a user for as long as the value lives.
+struct CreateGiven(Type);
 
 impl CreateGiven {
-    fn new() -> Result<Self> {
+    fn new(uid: u32, kind: Type) -> Result<Self> {
         module::load()?;
-        let create = Type::Pci.directory().join("create");
-        chown(&create, Some(USER), Some(GROUP))?;
-        Ok(Self)
+        chown(kind.directory().join("create"), Some(uid), Some(GROUP))?;
+        Ok(Self(kind))
     }
 }
 
 impl Drop for CreateGiven {
     fn drop(&mut self) {
         // Whoever comes next runs as root and may write all the same.
-        let _ = chown(Type::Pci.directory().join("create"), Some(0), Some(0));
+        let _ = chown(self.0.directory().join("create"), Some(0), Some(0));
     }
 }
 
 fn create_as_user() -> Result<Mdev> {
-    let _given = CreateGiven::new()?;
+    works("create as a user", create_as(USER, Type::Pci)?)
+}
+
+/// Creates a device as a user, whom `create` is given to for that. The inner result is that of the
+/// write.
+pub(super) fn create_as(uid: u32, kind: Type) -> Result<std::io::Result<Mdev>> {
+    let _given = CreateGiven::new(uid, kind)?;
     let uuid = random_uuid()?;
-    as_user(USER, GROUP, || {
-        works("create as a user", Type::Pci.create_raw(&uuid))
-    })?;
-    Ok(Mdev::adopt(&uuid))
+    let created = as_user(uid, GROUP, || Ok(kind.create_raw(&uuid)))?;
+    Ok(created.map(|()| Mdev::adopt(&uuid)))
 }
 
 fn node_of_root_is_root_only() -> Result<()> {
@@ -83,6 +93,21 @@ fn creator_serves_without_root() -> Result<()> {
     let server = as_user(USER, GROUP, || Server::attach(&mdev, &Description::pci()))?;
     ensure!(server.slots() > 0, "attached without slots");
     Ok(())
+}
+
+fn attributes_say_whose_it_is() -> Result<()> {
+    let ids = |mdev: &Mdev| -> Result<(String, String)> {
+        Ok((mdev.attribute("uid")?, mdev.attribute("gid")?))
+    };
+    let users = create_as_user()?;
+    let expected = (USER.to_string(), GROUP.to_string());
+    equal("the user's", ids(&users)?, expected.clone())?;
+    let roots = Mdev::create(Type::Platform)?;
+    equal("root's", ids(&roots)?, ("0".to_owned(), "0".to_owned()))?;
+    for name in ["uid", "gid"] {
+        fails(name, users.set_attribute(name, "0"), libc::EACCES)?;
+    }
+    equal("after that", ids(&users)?, expected)
 }
 
 fn stranger_refused() -> Result<()> {

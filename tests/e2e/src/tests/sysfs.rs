@@ -184,7 +184,12 @@ fn reattach_timeout_keeps_what_is_written() -> Result<()> {
 
 fn bad_attribute_values_refused() -> Result<()> {
     let mdev = Mdev::create(Type::Pci)?;
-    for name in ["reattach_timeout_ms", "max_memory", "max_state"] {
+    for name in [
+        "reattach_timeout_ms",
+        "max_memory",
+        "max_state",
+        "max_vectors",
+    ] {
         let before = mdev.attribute(name)?;
         for value in ["", "x", "-1", "1 2", "0x", "99999999999999999999999"] {
             let what = format!("writing {value:?} to {name}");
