@@ -377,7 +377,8 @@ fn bad_area_count_refused() -> Result<()> {
 }
 
 fn bad_area_flags_refused() -> Result<()> {
-    for flags in [0, 1 << 1, MUSER_AREA_MMAP | 1 << 1, u32::MAX] {
+    let both = MUSER_AREA_MMAP | MUSER_AREA_DOORBELL;
+    for flags in [0, 1 << 2, both, MUSER_AREA_MMAP | 1 << 2, u32::MAX] {
         let description = changed(|description| description.areas[1].flags = flags);
         refused(&description, libc::EINVAL, MUSER_FAULT_AREA_FLAGS, Some(1))?;
     }
