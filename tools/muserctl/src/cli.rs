@@ -127,8 +127,11 @@ pub(crate) enum Command {
     /// Sets attributes of a device
     ///
     /// reattach_timeout_ms: how many milliseconds a request waits while no process is attached,
-    /// before it fails with ETIMEDOUT. max_memory: bytes of device memory; can be set only before
-    /// a process has described the device. `show` shows their present values.
+    /// before it fails with ETIMEDOUT. max_requests: how many may be in flight, from 1 to 512.
+    /// max_state: bytes of state that a process may ask for. max_memory and max_vectors: bytes of
+    /// device memory and interrupt vectors that it may; they can be set only before a process has
+    /// described the device. max_pinned and unmap_timeout_ms: for DMA, see the README of muser. `show`
+    /// shows their present values.
     Set {
         /// The UUID, or the beginning of it
         #[arg(value_parser = uuid_prefix)]

@@ -30,6 +30,8 @@ pub(crate) struct Summary {
     pub(crate) attached: Option<bool>,
     pub(crate) client: Option<bool>,
     pub(crate) server: Option<Process>,
+    pub(crate) standby: Option<bool>,
+    pub(crate) successor: Option<Process>,
 }
 
 /// What `show` shows of a device.
@@ -39,6 +41,7 @@ pub(crate) struct Device {
     pub(crate) summary: Summary,
     /// Why the state is not known.
     pub(crate) state_error: Option<String>,
+    pub(crate) creator: Option<Creator>,
     pub(crate) node_owner: Option<Owner>,
     pub(crate) abi_version: Option<u32>,
     pub(crate) bus: Option<String>,
@@ -46,10 +49,19 @@ pub(crate) struct Device {
     pub(crate) irqs: Option<Vec<Irq>>,
     pub(crate) requests: Option<Requests>,
     pub(crate) memory: Option<Memory>,
+    /// Bytes.
+    pub(crate) state_size: Option<u32>,
+    pub(crate) pinned: Option<Memory>,
     pub(crate) counters: Option<Counters>,
     /// Processes that have the VFIO device open, as far as they can be seen.
     pub(crate) clients: Vec<Process>,
     pub(crate) attributes: BTreeMap<String, u64>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Creator {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -155,8 +167,11 @@ impl Device {
                 attached: None,
                 client: None,
                 server: None,
+                standby: None,
+                successor: None,
             },
             state_error: None,
+            creator: entry.creator().map(|(uid, gid)| Creator { uid, gid }),
             node_owner,
             abi_version: None,
             bus: None,
@@ -164,6 +179,8 @@ impl Device {
             irqs: None,
             requests: None,
             memory: None,
+            state_size: None,
+            pinned: None,
             counters: None,
             clients: Vec::new(),
             attributes: entry.attributes(),
@@ -196,7 +213,10 @@ impl Device {
         self.summary.attached = has(MUSER_STATE_ATTACHED);
         self.summary.client = has(MUSER_STATE_CLIENT);
         // A process outside of our pid namespace has no id here.
-        self.summary.server = (head.pid != 0).then(|| Process::new(roots, head.pid));
+        let process = |pid: u32| (pid != 0).then(|| Process::new(roots, pid));
+        self.summary.server = process(head.pid);
+        self.summary.standby = has(MUSER_STATE_STANDBY);
+        self.summary.successor = process(head.standby_pid);
         self.abi_version = Some(head.version);
         self.bus = match head.bus {
             MUSER_BUS_PCI => Some("pci".to_owned()),
@@ -215,13 +235,21 @@ impl Device {
             queued: head.queued,
             taken: head.taken,
         });
-        let page_size = sys::page_size();
-        self.memory = Some(Memory {
-            pages: head.memory_pages,
-            page_size,
-            bytes: head.memory_pages.saturating_mul(page_size),
-        });
+        self.memory = Some(Memory::of(head.memory_pages));
+        self.state_size = Some(head.state_size);
+        self.pinned = Some(Memory::of(head.pinned_pages));
         self.counters = Some(Counters::from(&head.counters));
+    }
+}
+
+impl Memory {
+    fn of(pages: u64) -> Self {
+        let page_size = sys::page_size();
+        Self {
+            pages,
+            page_size,
+            bytes: pages.saturating_mul(page_size),
+        }
     }
 }
 
@@ -316,6 +344,7 @@ fn state_error(node: &Path, error: &io::Error) -> String {
 
 fn regions(query: &Query) -> Vec<Region> {
     let known = [(MUSER_REGION_READ, "read"), (MUSER_REGION_WRITE, "write")];
+    let kinds = [(MUSER_AREA_MMAP, "mmap"), (MUSER_AREA_DOORBELL, "doorbell")];
     let mut areas = query.areas.iter();
     query
         .regions
@@ -331,7 +360,7 @@ fn regions(query: &Query) -> Vec<Region> {
                 .map(|area| Area {
                     offset: area.offset,
                     size: area.size,
-                    flags: flags(area.flags, &[(MUSER_AREA_MMAP, "mmap")]),
+                    flags: flags(area.flags, &kinds),
                 })
                 .collect(),
         })
@@ -382,18 +411,29 @@ pub(crate) mod tests {
         summary.group_path = Some("/dev/vfio/12".into());
         summary.cdev = Some("/dev/vfio/devices/vfio0".into());
         summary.server = Some(process(1234, "gpio"));
+        summary.successor = Some(process(1250, "gpio"));
+        device.creator = Some(Creator { uid: 0, gid: 0 });
         device.node_owner = Some(Owner {
             uid: 0,
             gid: 0,
             mode: "0600".to_owned(),
         });
-        device.memory = Some(Memory {
-            pages: 2,
+        let memory = |pages| Memory {
+            pages,
             page_size: 4096,
-            bytes: 8192,
-        });
+            bytes: pages * 4096,
+        };
+        device.memory = Some(memory(3));
+        device.pinned = Some(memory(16));
         device.clients = vec![process(1300, "qemu-system-x86")];
-        device.attributes = [("max_memory", 268_435_456), ("reattach_timeout_ms", 5000)]
+        let attributes = [
+            ("max_memory", 268_435_456),
+            ("max_requests", 512),
+            ("max_state", 1_048_576),
+            ("max_vectors", 4096),
+            ("reattach_timeout_ms", 5000),
+        ];
+        device.attributes = attributes
             .map(|(name, value)| (name.to_owned(), value))
             .into();
         device
@@ -414,6 +454,12 @@ pub(crate) mod tests {
             num_areas,
             reserved: 0,
         };
+        let area = |offset, size, flags| muser_area {
+            offset,
+            size,
+            flags,
+            reserved: 0,
+        };
         let read_write = MUSER_REGION_READ | MUSER_REGION_WRITE;
         let irq = |index, flags, count, enabled| muser_irq_state {
             irq: muser_irq {
@@ -428,33 +474,39 @@ pub(crate) mod tests {
         let level = MUSER_IRQ_EVENTFD | MUSER_IRQ_MASKABLE | MUSER_IRQ_AUTOMASKED;
         Query {
             head: muser_query {
-                flags: MUSER_STATE_CLIENT | MUSER_STATE_ATTACHED | MUSER_STATE_DESCRIBED,
+                flags: MUSER_STATE_CLIENT
+                    | MUSER_STATE_ATTACHED
+                    | MUSER_STATE_DESCRIBED
+                    | MUSER_STATE_STANDBY,
                 version: MUSER_ABI_VERSION,
                 bus: MUSER_BUS_PCI,
                 pid: 1234,
+                standby_pid: 1250,
                 taken: 1,
-                memory_pages: 2,
+                memory_pages: 3,
+                pinned_pages: 16,
+                state_size: 4096,
                 counters: muser_counters {
                     reads: 1042,
                     writes: 77,
                     resets: 1,
                     interrupts: 12,
                     attachments: 1,
+                    doorbells: 7,
+                    pins: 16,
                     ..muser_counters::default()
                 },
                 ..muser_query::default()
             },
             regions: vec![
                 region(2, read_write, 8, 0),
-                region(4, read_write, 65536, 1),
+                region(4, read_write, 65536, 2),
                 region(7, read_write, 4096, 0),
             ],
-            areas: vec![muser_area {
-                offset: 4096,
-                size: 8192,
-                flags: MUSER_AREA_MMAP,
-                reserved: 0,
-            }],
+            areas: vec![
+                area(0x1000, 0x2000, MUSER_AREA_MMAP),
+                area(0x4000, 0x40, MUSER_AREA_DOORBELL),
+            ],
             irqs: vec![irq(0, level, 1, 1), irq(2, MUSER_IRQ_EVENTFD, 4, 0)],
         }
     }
@@ -478,7 +530,7 @@ pub(crate) mod tests {
         let mut query = sample_query();
         query.regions[0].num_areas = u32::MAX;
         let regions = regions(&query);
-        assert_eq!(regions[0].areas.len(), 1);
+        assert_eq!(regions[0].areas.len(), 2);
         assert_eq!(regions[1].areas.len(), 0);
     }
 

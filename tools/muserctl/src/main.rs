@@ -156,6 +156,16 @@ fn not_created(kind: &sysfs::Type, uuid: &str, error: &io::Error) -> Error {
             kind.name,
             kind.devices.len()
         )),
+        Some(libc::EDQUOT) => {
+            let limit = match kind.user_limit("max_user_devices") {
+                Some((path, limit)) => format!("{limit}, says {}", path.display()),
+                None => "max_user_devices beside the parent muser".to_owned(),
+            };
+            Error::new(format!(
+                "you have as many devices as a user may ({limit}); remove one with \
+                 `muserctl remove`, or let root raise the limit"
+            ))
+        }
         Some(libc::EBUSY) => Error::new(format!("{} is busy; try again", path.display())),
         Some(libc::ENODEV | libc::ENOENT) => Error::new("the module muser is being unloaded"),
         _ => refused(&path, uuid, error),
@@ -232,6 +242,7 @@ mod tests {
             |errno| not_created(&kind(), "u", &io::Error::from_raw_os_error(errno)).to_string();
         assert!(says(libc::EEXIST).contains("a device u exists already"));
         assert!(says(libc::EUSERS).contains("muser-pci has no instances left: 2 devices"));
+        assert!(says(libc::EDQUOT).contains("as many devices as a user may (max_user_devices"));
         assert!(says(libc::EBUSY).contains("is busy"));
         assert!(says(libc::ENODEV).contains("being unloaded"));
         assert!(says(libc::EACCES).contains("permission denied: /nonexistent/create"));

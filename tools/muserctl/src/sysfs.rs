@@ -6,8 +6,16 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-/// Attributes of a device, all of them numbers.
-const ATTRIBUTES: [&str; 2] = ["max_memory", "reattach_timeout_ms"];
+/// Attributes of a device that can be set, all of them numbers.
+const ATTRIBUTES: [&str; 7] = [
+    "max_memory",
+    "max_pinned",
+    "max_requests",
+    "max_state",
+    "max_vectors",
+    "reattach_timeout_ms",
+    "unmap_timeout_ms",
+];
 
 /// Where sysfs, devtmpfs and procfs are mounted; elsewhere in tests.
 #[derive(Clone, Debug)]
@@ -186,6 +194,12 @@ impl Entry {
             .collect()
     }
 
+    /// The user and the group who created it.
+    pub(crate) fn creator(&self) -> Option<(u32, u32)> {
+        let id = |name: &str| text(&self.path.join(name))?.parse().ok();
+        Some((id("uid")?, id("gid")?))
+    }
+
     /// Where one of the attributes is.
     ///
     /// # Errors
@@ -203,6 +217,17 @@ impl Entry {
             self.uuid,
             names.join(", ")
         )))
+    }
+}
+
+impl Type {
+    /// A limit of each user, for all devices of muser: a file beside the parent.
+    pub(crate) fn user_limit(&self, name: &str) -> Option<(PathBuf, u64)> {
+        // They are beside one of the parents, and hold for both.
+        let parents = self.path.ancestors().nth(3)?;
+        let path = parents.join("muser").join(name);
+        let value = text(&path)?.parse().ok()?;
+        Some((path, value))
     }
 }
 

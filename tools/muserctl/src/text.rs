@@ -66,6 +66,9 @@ fn device(device: &Device) -> String {
     let mut line = |label: &str, value: String| text += &format!("  {label:<20} {value}\n");
 
     line("state", sentence(device));
+    if let Some(creator) = &device.creator {
+        line("created by", users(creator.uid, creator.gid));
+    }
     line("device node", with_owner(device));
     if let Some(path) = &summary.group_path {
         line("VFIO group", path.display().to_string());
@@ -82,12 +85,17 @@ fn device(device: &Device) -> String {
     if let Some(memory) = &device.memory {
         line("device memory", size(memory.bytes));
     }
+    if let Some(state) = device.state_size {
+        line("state memory", size(state.into()));
+    }
+    if let Some(pinned) = &device.pinned {
+        line("pinned for DMA", size(pinned.bytes));
+    }
     for (name, value) in &device.attributes {
-        // The unit is in the name, where it isn't bytes.
-        let value = if name.contains("memory") {
-            size(*value)
-        } else {
-            value.to_string()
+        let value = match &**name {
+            "max_memory" | "max_state" => size(*value),
+            // The unit is in the name, or it is a number of things.
+            _ => value.to_string(),
         };
         line(name, value);
     }
@@ -105,6 +113,15 @@ fn device(device: &Device) -> String {
                 "reads {}, writes {}",
                 counters.memory_reads, counters.memory_writes
             ),
+        );
+        line("doorbells", counters.doorbells.to_string());
+        line(
+            "pages of clients",
+            format!("pinned {}, unpinned {}", counters.pins, counters.unpins),
+        );
+        line(
+            "unmaps",
+            format!("{}, forced {}", counters.unmaps, counters.unmaps_forced),
         );
         line("interrupts", counters.interrupts.to_string());
         line("attachments", counters.attachments.to_string());
@@ -159,6 +176,7 @@ fn state(device: &Summary) -> &'static str {
     }
     match (device.described, device.attached) {
         (None, _) | (_, None) => UNKNOWN,
+        (_, Some(true)) if device.standby == Some(true) => "handing-over",
         (_, Some(true)) => "served",
         (Some(true), Some(false)) => "described",
         (Some(false), Some(false)) => "new",
@@ -173,12 +191,19 @@ fn sentence(device: &Device) -> String {
             return "being removed, which waits for its client to close it".to_owned()
         }
         (_, _, Some(error)) => return format!("{UNKNOWN} ({error})"),
-        ("served", Some(server), _) => format!("served by {server}"),
-        ("served", None, _) => "served by a process that can't be seen from here".to_owned(),
+        ("served" | "handing-over", Some(server), _) => format!("served by {server}"),
+        ("served" | "handing-over", None, _) => {
+            "served by a process that can't be seen from here".to_owned()
+        }
         ("described", _, _) => "described, but no process is attached".to_owned(),
         ("new", _, _) => "new: no process has attached and described it".to_owned(),
         (unknown, _, _) => unknown.to_owned(),
     };
+    match (&summary.successor, summary.standby) {
+        (Some(successor), _) => text += &format!("; {successor}, waits to take over"),
+        (None, Some(true)) => text += "; a process that can't be seen from here waits to take over",
+        (None, _) => {}
+    }
     if summary.client == Some(true) {
         text += "; a client has it open";
         let clients: Vec<_> = device.clients.iter().map(ToString::to_string).collect();
@@ -194,14 +219,15 @@ fn sentence(device: &Device) -> String {
 fn with_owner(device: &Device) -> String {
     let path = device.summary.node.display();
     match &device.node_owner {
-        Some(owner) => format!(
-            "{path} ({}:{} {})",
-            name(Path::new("/etc/passwd"), owner.uid),
-            name(Path::new("/etc/group"), owner.gid),
-            owner.mode
-        ),
+        Some(owner) => format!("{path} ({} {})", users(owner.uid, owner.gid), owner.mode),
         None => format!("{path} (not there)"),
     }
+}
+
+/// A user and a group, by name.
+fn users(uid: u32, gid: u32) -> String {
+    let (user, group) = (Path::new("/etc/passwd"), Path::new("/etc/group"));
+    format!("{}:{}", name(user, uid), name(group, gid))
 }
 
 fn areas(region: &Region) -> String {

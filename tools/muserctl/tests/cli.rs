@@ -69,6 +69,8 @@ impl Tree {
         self.write(&format!("{dir}/remove"), "");
         self.write(&format!("{dir}/reattach_timeout_ms"), "5000\n");
         self.write(&format!("{dir}/max_memory"), "268435456\n");
+        self.write(&format!("{dir}/uid"), "1000\n");
+        self.write(&format!("{dir}/gid"), "100\n");
         self.write(&format!("{dir}/vfio-dev/vfio{group}/dev"), "510:0\n");
         let types = self.path(&parent).join("mdev_supported_types").join(kind);
         fs::create_dir_all(types.join("devices")).unwrap();
@@ -228,6 +230,8 @@ fn list_shows_null_and_question_marks_for_an_unknown_state() {
             "attached": null,
             "client": null,
             "server": null,
+            "standby": null,
+            "successor": null,
         })
     );
     let text = tree.ok(&["list"]);
@@ -266,6 +270,11 @@ fn show_has_every_documented_key_and_no_other() {
     let device = &shown["devices"][0];
     assert_eq!(device["attributes"]["reattach_timeout_ms"], 5000);
     assert_eq!(device["attributes"]["max_memory"], 268_435_456);
+    assert_eq!(device["attributes"].as_object().unwrap().len(), 2);
+    assert_eq!(
+        device["creator"],
+        serde_json::json!({"uid": 1000, "gid": 100})
+    );
     assert_says(
         device["state_error"].as_str().unwrap(),
         &["is not a device of muser"],
@@ -378,6 +387,18 @@ fn set_writes_exact_numbers() {
     let read = |name| fs::read_to_string(tree.attribute(A, name)).unwrap();
     assert!(read("reattach_timeout_ms").starts_with("60000"));
     assert!(read("max_memory").starts_with("67108864"));
+}
+
+#[test]
+fn whose_a_device_is_is_shown_but_not_set() {
+    let tree = Tree::with_devices();
+    let error = tree.fails(1, &["set", A, "uid=0"]);
+    assert_says(&error, &["has no attribute uid"]);
+    for name in ["uid", "gid"] {
+        fs::remove_file(tree.attribute(A, name)).unwrap();
+    }
+    let json = tree.json(&["show", A, "--json"]);
+    assert_eq!(json["devices"][0]["creator"], Value::Null);
 }
 
 #[test]

@@ -1,17 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `muserctl` on real devices.
 
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{anyhow, ensure, Context, Result};
 use muser_e2e::check::equal;
 use muser_e2e::mdev::{random_uuid, Mdev, Type};
 use muser_e2e::module;
-use muser_e2e::process::{run, succeed, Process};
+use muser_e2e::node::{Description, Server, BELL, TRAPPED};
+use muser_e2e::process::{run, scope, succeed, Process};
 use muser_e2e::rig::{Bare, Rig};
-use muser_e2e::vfio::Road;
+use muser_e2e::time;
+use muser_e2e::vfio::{Client, Road};
+use muser_uapi::{MUSER_ATTACH_STANDBY, MUSER_STATE_STANDBY};
 use serde_json::Value;
 
+use super::owner::USER;
 use super::topic;
 use crate::runner::Test;
 
@@ -24,6 +30,8 @@ topic!("muserctl", once: [
     bad_uuid_refused,
     absent_device_refused,
     present_uuid_refused,
+    show_tells_standby_state_doorbells_and_limits,
+    quota_is_told_in_words,
     module_not_loaded_told,
 ], roads: [remove_with_open_client_says_who]);
 
@@ -214,6 +222,103 @@ fn present_uuid_refused() -> Result<()> {
         mdev,
     } = Bare::new()?;
     refused(&["create", mdev.uuid()], 1, "exists already")
+}
+
+fn show_tells_standby_state_doorbells_and_limits() -> Result<()> {
+    let description = Description {
+        state_size: 5000,
+        ..Description::with_doorbells()
+    };
+    let Bare { server, mdev } = Bare::with(&description)?;
+    let client = Client::open(&mdev, Road::Group)?;
+    client.write_all(TRAPPED, BELL.0, &[1; 4])?;
+    scope(|scope| {
+        let successor = Description {
+            flags: MUSER_ATTACH_STANDBY,
+            ..description
+        };
+        let mdev = &mdev;
+        let waiting = scope.spawn(move || Server::attach(mdev, &successor));
+        time::until("a standby waiting", || {
+            let query = server.node().query();
+            query.is_ok_and(|query| query.flags & MUSER_STATE_STANDBY != 0)
+        })?;
+        let shown = json(&["show", mdev.uuid(), "--json"])?;
+        let device = &shown["devices"][0];
+        equal("standby", device["standby"].as_bool(), Some(true))?;
+        let pid = Some(u64::from(std::process::id()));
+        equal("successor", device["successor"]["pid"].as_u64(), pid)?;
+        equal("state_size", device["state_size"].as_u64(), Some(5000))?;
+        equal(
+            "doorbells",
+            device["counters"]["doorbells"].as_u64(),
+            Some(1),
+        )?;
+        equal("pinned", device["pinned"]["pages"].as_u64(), Some(0))?;
+        equal("creator", device["creator"]["uid"].as_u64(), Some(0))?;
+        let kind = &device["regions"][0]["areas"][0]["flags"][0];
+        equal("area", kind.as_str(), Some("doorbell"))?;
+        for (name, value) in [
+            ("max_requests", 512),
+            ("max_vectors", 4096),
+            ("max_state", 1 << 20),
+        ] {
+            equal(name, device["attributes"][name].as_u64(), Some(value))?;
+        }
+        let text = succeed("muserctl", &["show", mdev.uuid()])?;
+        for part in [
+            "waits to take over",
+            "doorbell 0x8010+0x8",
+            "4.8 KiB (5000)",
+            "created by",
+        ] {
+            ensure!(text.contains(part), "show lacks {part}: {text}");
+        }
+        let list = succeed("muserctl", &["list"])?;
+        ensure!(
+            list.contains("handing-over"),
+            "list lacks the state: {list}"
+        );
+        server.node().detach()?;
+        waiting
+            .join()
+            .map_err(|_| anyhow!("the standby panicked"))?
+            .map(drop)
+    })?;
+    succeed("muserctl", &["set", mdev.uuid(), "max_requests=7"])?;
+    equal(
+        "max_requests",
+        mdev.attribute("max_requests")?.as_str(),
+        "7",
+    )?;
+    refused(&["set", mdev.uuid(), "max_requests=513"], 1, "out of range")?;
+    refused(&["set", mdev.uuid(), "max_vectors=9"], 1, "only before")
+}
+
+/// As a user whom the module gives no device at all.
+fn quota_is_told_in_words() -> Result<()> {
+    module::load()?;
+    let limit = Path::new("/sys/class/mdev_bus/muser/max_user_devices");
+    std::fs::write(limit, "0")?;
+    let create = Type::Pci.directory().join("create");
+    chown(&create, Some(USER), None)?;
+    let output = std::process::Command::new("muserctl")
+        .arg("create")
+        .uid(USER)
+        .output();
+    chown(&create, Some(0), None)?;
+    std::fs::write(limit, "256")?;
+    let output = output.context("running muserctl")?;
+    equal("exit code", output.status.code(), Some(1))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    for part in [
+        "as many devices as a user may (0, says",
+        "max_user_devices",
+        "muserctl remove",
+    ] {
+        ensure!(said.contains(part), "{said:?} lacks {part:?}");
+    }
+    Ok(())
 }
 
 fn module_not_loaded_told() -> Result<()> {
