@@ -70,15 +70,29 @@ struct World {
 /// What can happen. Requests are named by their place in [`World::requests`].
 #[derive(Clone, Copy, Debug)]
 enum Event {
-    Ask { barrier: bool },
+    Ask {
+        barrier: bool,
+    },
     Attach,
     Take,
-    Untake { request: usize },
-    Reply { request: usize },
-    ClientKilled { request: usize },
-    GiveUp { request: usize },
+    Untake {
+        request: usize,
+    },
+    Reply {
+        request: usize,
+    },
+    ClientKilled {
+        request: usize,
+    },
+    GiveUp {
+        request: usize,
+    },
     ProcessGone,
     PopPoison,
+    /// It ends whatever its state: a client's unmap, whose process is gone.
+    PopWhere {
+        request: usize,
+    },
     Remove,
     Pop,
 }
@@ -169,6 +183,7 @@ impl World {
             if !matches!(what.stage, Stage::Abandoned(_)) {
                 events.push(Event::ClientKilled { request });
             }
+            events.push(Event::PopWhere { request });
         }
         events
     }
@@ -219,7 +234,7 @@ impl World {
             Event::Untake { request } => {
                 let Request { id, stage, .. } = self.requests[request];
                 match stage {
-                    Stage::Queued => return,
+                    Stage::Queued => {}
                     Stage::Taken(holder) => {
                         assert!(self.queue.untake(id, holder));
                         self.requests[request].stage = Stage::Queued;
@@ -300,6 +315,12 @@ impl World {
                     assert_eq!(request.replays, MAX_REPLAYS, "given up too early");
                     return;
                 }
+            }
+            Event::PopWhere { request } => {
+                let Request { payload, .. } = self.requests.remove(request);
+                let popped = self.queue.pop_where(|candidate| *candidate == payload);
+                assert_eq!(popped, Some(payload));
+                assert_eq!(self.queue.pop_where(|_| false), None);
             }
             Event::Remove => self.removed = true,
             Event::Pop => {
@@ -422,22 +443,29 @@ fn explore(bounds: Bounds) -> (usize, usize) {
             let mut world = worlds[at].clone();
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 world.happen(event);
-                world.check();
-            }));
-            if let Err(cause) = outcome {
-                let mut history = vec![event];
-                let mut from = at;
-                while let Some((before, event)) = origins[from] {
-                    history.push(event);
-                    from = before;
+                let new = seen.insert(world.clone());
+                if new {
+                    world.check();
                 }
-                history.reverse();
-                println!("this led there: {history:?}");
-                std::panic::resume_unwind(cause);
-            }
-            if seen.insert(world.clone()) {
-                worlds.push(world);
-                origins.push(Some((at, event)));
+                new
+            }));
+            match outcome {
+                Ok(true) => {
+                    worlds.push(world);
+                    origins.push(Some((at, event)));
+                }
+                Ok(false) => {}
+                Err(cause) => {
+                    let mut history = vec![event];
+                    let mut from = at;
+                    while let Some((before, event)) = origins[from] {
+                        history.push(event);
+                        from = before;
+                    }
+                    history.reverse();
+                    println!("this led there: {history:?}");
+                    std::panic::resume_unwind(cause);
+                }
             }
         }
         at += 1;
