@@ -17,11 +17,22 @@
 //! | [`TRACE`]       | accesses of the scratch registers since the last write to this         |
 //! | [`TRACE_AT`]    | which of them [`TRACE_ENTRY`] shows                                    |
 //! | [`TRACE_ENTRY`] | its offset in bits 8 to 15, its width in bits 0 to 6, bit 7: a write    |
+//!
+//! And those of what survives it, see [`KEPT`] and the others there.
 
 use libmuser::{
     Access, Bar, Bus, Device, Errno, Express, Interrupts, Msi, Msix, PciBuilder, PciModel, Pin,
     PowerManagement, Region, Reset, Result, SharedMemory, VendorCapability,
 };
+
+mod keeper;
+
+pub use keeper::{
+    SharedTestDevice, ADD, BELL, DOORBELL, FETCH_ADD, FETCH_ADDS, INTRUDERS, KEPT, RECOVERED,
+    REPLAYS, RINGS, SUM, TOGETHER,
+};
+
+use keeper::Keeper;
 
 /// Vendor id and device id.
 pub const IDS: (u16, u16) = (0x1234, 0xC0DE);
@@ -82,8 +93,9 @@ pub fn model() -> Result<PciModel> {
                 .prefetchable()
                 .mappable(offset..offset + size),
         )
-        .bar(4, Bar::memory32(0x1000))
-        .power_management(PowerManagement::new())
+        .bar(4, Bar::memory32(0x1000).doorbells(DOORBELL..DOORBELL + 4))
+        .state(keeper::STATE)
+        .power_management(PowerManagement::new().soft_reset())
         .express(Express::endpoint())
         .msi(Msi::new(4).maskable())
         .msix(Msix::new(MSIX_VECTORS).table(4, 0).pba(4, 0x800))
@@ -104,6 +116,7 @@ pub struct TestDevice {
     peek_at: usize,
     trace: Vec<u8>,
     trace_at: usize,
+    keeper: Keeper,
 }
 
 impl TestDevice {
@@ -119,6 +132,7 @@ impl TestDevice {
             peek_at: 0,
             trace: Vec::new(),
             trace_at: 0,
+            keeper: Keeper::new(bus),
         }
     }
 
@@ -154,6 +168,9 @@ impl Device for TestDevice {
             value[..bytes.len()].copy_from_slice(bytes);
             return Ok(u64::from_le_bytes(value));
         }
+        if let Some(value) = self.keeper.read(&access)? {
+            return Ok(value);
+        }
         match access.offset {
             FAIL => self.failure(),
             RESETS => Ok(self.resets.into()),
@@ -178,6 +195,9 @@ impl Device for TestDevice {
             bytes.copy_from_slice(&value.to_le_bytes()[..access.width.bytes()]);
             return Ok(());
         }
+        if self.keeper.write(&access, value as u32)? {
+            return Ok(());
+        }
         let vector = (value & 0xFFFF) as u16;
         match access.offset {
             ERRNO => self.errno = i32::try_from(value).unwrap_or(5),
@@ -190,6 +210,11 @@ impl Device for TestDevice {
             TRACE_AT => self.trace_at = usize::from(vector),
             _ => access.unhandled_write(value)?,
         }
+        Ok(())
+    }
+
+    fn doorbell(&mut self, _doorbell: &libmuser::Doorbell) -> Result<()> {
+        self.keeper.ring();
         Ok(())
     }
 

@@ -3,20 +3,21 @@
 
 use std::fmt::Debug;
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use anyhow::{anyhow, Context, Result};
 use libmuser::transport::Transport;
-use libmuser::{Server, Stop};
+use libmuser::{AttachOptions, Ended, Moment, Server, SharedServer, Stop};
 
-use crate::device::{self, TestDevice};
+use crate::device::{self, SharedTestDevice, TestDevice};
 use crate::{Case, Client};
 
 /// Both sides of one device over one transport.
-pub trait Backend {
+pub trait Backend: Send + Sync + 'static {
     /// The server's side.
-    type Transport: Transport + Send + 'static;
+    type Transport: Transport + 'static;
 
     /// A new server's side: the first, or that of a restart.
     ///
@@ -34,7 +35,7 @@ pub trait Backend {
 }
 
 /// A device that is being served, as a case sees it.
-pub trait Host {
+pub trait Host: Sync {
     /// Opens a client.
     ///
     /// # Errors
@@ -48,6 +49,17 @@ pub trait Host {
     ///
     /// What the server ended with, or why the next did not start.
     fn restart(&self) -> Result<()>;
+
+    /// Has the server die at its next request, as if its process were killed; another one is started
+    /// at once.
+    fn die_at(&self, moment: Moment);
+
+    /// Starts another server, to which the present one hands the device over.
+    ///
+    /// # Errors
+    ///
+    /// What the server ended with, or why the next did not start.
+    fn hand_over(&self) -> Result<()>;
 }
 
 /// Runs one case against a fresh device of the backend.
@@ -56,9 +68,20 @@ pub trait Host {
 ///
 /// What the case found, or what the server ended with.
 pub fn run<B: Backend>(case: &Case, backend: B) -> Result<()> {
+    run_with(case, backend, case.threads)
+}
+
+/// Runs one case against a fresh device, served by so many threads.
+///
+/// # Errors
+///
+/// As [`run`].
+pub fn run_with<B: Backend>(case: &Case, backend: B, threads: usize) -> Result<()> {
+    let backend = Arc::new(backend);
     let served = Served {
-        server: Mutex::new(Some(Running::start(&backend)?)),
+        server: Mutex::new(Some(Running::start(&backend, threads, false)?)),
         backend,
+        threads,
     };
     let judged = (case.run)(&served);
     let ended = served.end();
@@ -67,17 +90,25 @@ pub fn run<B: Backend>(case: &Case, backend: B) -> Result<()> {
 
 struct Served<B> {
     server: Mutex<Option<Running>>,
-    backend: B,
+    backend: Arc<B>,
+    threads: usize,
 }
 
 impl<B: Backend> Served<B> {
     fn end(&self) -> Result<()> {
-        let running = self
-            .server
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        running.map_or(Ok(()), Running::end)
+        let running = self.server().take();
+        running.map_or(Ok(()), |running| {
+            running.stop.stop();
+            running.join().map(drop)
+        })
+    }
+
+    fn server(&self) -> MutexGuard<'_, Option<Running>> {
+        self.server.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn start(&self, standby: bool) -> Result<Running> {
+        Running::start(&self.backend, self.threads, standby)
     }
 }
 
@@ -88,45 +119,82 @@ impl<B: Backend> Host for Served<B> {
 
     fn restart(&self) -> Result<()> {
         self.end()?;
-        let running = Running::start(&self.backend)?;
-        *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(running);
+        *self.server() = Some(self.start(false)?);
         Ok(())
+    }
+
+    fn die_at(&self, moment: Moment) {
+        if let Some(running) = &*self.server() {
+            running.stop.die_at(moment);
+        }
+    }
+
+    fn hand_over(&self) -> Result<()> {
+        let next = self.start(true)?;
+        let before = self.server().replace(next);
+        match before.map(Running::join).transpose()? {
+            Some(Ended::HandedOver) => Ok(()),
+            other => Err(anyhow!("the server ended otherwise: {other:?}")),
+        }
     }
 }
 
-/// A server in its thread.
+/// A server in its thread, which starts again whenever it dies.
 #[derive(Debug)]
 struct Running {
     stop: Stop,
-    thread: JoinHandle<libmuser::Result<()>>,
+    thread: JoinHandle<libmuser::Result<Ended>>,
 }
 
 impl Running {
-    fn start<B: Backend>(backend: &B) -> Result<Self> {
-        let transport = backend.transport().context("opening the server's side")?;
+    fn start<B: Backend>(backend: &Arc<B>, threads: usize, standby: bool) -> Result<Self> {
         let stop = Stop::new().context("making the server's stop")?;
-        let stopped = stop.clone();
-        let (ready, started) = std::sync::mpsc::channel();
+        let (stopped, backend) = (stop.clone(), Arc::clone(backend));
+        let (ready, started) = mpsc::channel();
         // The server is made in its thread: it need not be able to move to another.
         let thread = std::thread::spawn(move || {
-            let model = device::model()?;
-            let mut server = Server::new(model, transport, |bus| Ok(TestDevice::new(bus)))?;
-            // Whoever waits for it may have given up.
-            let _ = ready.send(());
-            server.run_until(&stopped).map(drop)
+            let options = AttachOptions::new().threads(threads).standby(standby);
+            let mut ended = serve(&*backend, &options, &stopped, Some(ready))?;
+            while ended == Ended::Abandoned {
+                ended = serve(&*backend, &options.standby(false), &stopped, None)?;
+            }
+            Ok(ended)
         });
         let running = Self { stop, thread };
         if started.recv().is_err() {
-            running.end()?;
+            running.join()?;
             return Err(anyhow!("the server ended before it served"));
         }
         Ok(running)
     }
 
-    fn end(self) -> Result<()> {
-        self.stop.stop();
+    fn join(self) -> Result<Ended> {
         let ended = self.thread.join();
-        ended.map_err(|_| anyhow!("the server panicked"))??;
-        Ok(())
+        let ended = ended.map_err(|_| anyhow!("the server panicked"))??;
+        Ok(ended)
     }
+}
+
+/// Serves the test device, by one thread or by several; tells when it begins.
+fn serve<B: Backend>(
+    backend: &B,
+    options: &AttachOptions,
+    stop: &Stop,
+    ready: Option<Sender<()>>,
+) -> libmuser::Result<Ended> {
+    let (model, transport) = (device::model()?, backend.transport()?);
+    let begin = || {
+        // Whoever waits for it may have given up.
+        let _ = ready.map(|ready| ready.send(()));
+    };
+    if options.threads > 1 {
+        let device = |bus: &_| Ok(SharedTestDevice::new(bus));
+        let mut server = SharedServer::attach(model, transport, options, device)?;
+        begin();
+        return server.run_until(stop);
+    }
+    let device = |bus: &_| Ok(TestDevice::new(bus));
+    let mut server = Server::attach(model, transport, options, device)?;
+    begin();
+    server.run_until(stop)
 }

@@ -20,5 +20,5 @@ mod host;
 mod suite;
 
 pub use client::{Client, Memory, RegionInfo};
-pub use host::{run, Backend, Host};
+pub use host::{run, run_with, Backend, Host};
 pub use suite::{cases, Case};

@@ -6,15 +6,25 @@ use std::os::fd::BorrowedFd;
 use std::process::ExitCode;
 
 use libmuser::transport::memory::{self, IrqAction, IrqData, MemoryTransport};
-use libmuser::SharedMemory;
+use libmuser::{AreaKind, SharedMemory};
 use libtest_mimic::{Arguments, Trial};
-use muser_conformance::{cases, run, Backend, Client, Memory, RegionInfo};
+use muser_conformance::{cases, run_with, Backend, Client, Memory, RegionInfo};
 
 fn main() -> ExitCode {
-    let trials = cases().map(|case| {
-        Trial::test(case.name, move || {
-            let host = memory::Host::new()?;
-            run(&case, InProcess(host)).map_err(|error| format!("{error:#}").into())
+    let trials = cases().flat_map(|case| {
+        // The device is the same with several threads, and with doorbells that are not posted.
+        let ways = [
+            ("", 1, true),
+            ("@threads", 4, true),
+            ("@unposted", 1, false),
+        ];
+        ways.map(|(way, threads, posted)| {
+            Trial::test(format!("{}{way}", case.name), move || {
+                let host = memory::Host::new()?;
+                host.set_posted_doorbells(posted);
+                run_with(&case, InProcess(host), threads.max(case.threads))
+                    .map_err(|error| format!("{error:#}").into())
+            })
         })
     });
     libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()
@@ -46,6 +56,7 @@ impl Client for Open {
             areas: region
                 .areas
                 .iter()
+                .filter(|area| area.kind == AreaKind::Mappable)
                 .map(|area| (area.offset, area.size))
                 .collect(),
         }))

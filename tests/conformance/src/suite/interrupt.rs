@@ -46,24 +46,24 @@ fn events(count: usize) -> Result<Vec<EventFd>> {
 }
 
 /// Gives vectors from 0 an eventfd each.
-fn enable(client: &dyn Client, index: u32, count: usize) -> Result<Vec<EventFd>> {
+pub(super) fn enable(client: &dyn Client, index: u32, count: usize) -> Result<Vec<EventFd>> {
     let events = events(count)?;
     let borrowed: Vec<_> = events.iter().map(|event| Some(event.as_fd())).collect();
     client.set_eventfds(index, 0, &borrowed)?;
     Ok(events)
 }
 
-fn count(event: &EventFd) -> u64 {
+pub(super) fn count(event: &EventFd) -> u64 {
     // It does not block: an error is that nobody has signalled.
     event.read().unwrap_or(0)
 }
 
-fn counts(events: &[EventFd]) -> Vec<u64> {
+pub(super) fn counts(events: &[EventFd]) -> Vec<u64> {
     events.iter().map(count).collect()
 }
 
 /// Enables MSI or MSI-X in configuration space, as a driver does.
-fn enable_capability(client: &dyn Client, id: u8) -> Result<u64> {
+pub(super) fn enable_capability(client: &dyn Client, id: u8) -> Result<u64> {
     let offset = capability(client, id)?.context("the capability is missing")?;
     let control = u16::from_le_bytes(read(client, CONFIG, offset + 2)?);
     let bit = if id == 0x11 { 1 << 15 } else { 1 };
@@ -189,7 +189,7 @@ fn masked_vector_fires_at_unmask(host: &dyn Host) -> Result<()> {
 }
 
 /// Vector control of an entry: 16 bytes an entry, of which it is the last 4 (PCI 3.0, 6.8.2).
-fn set_table_mask(client: &dyn Client, vector: u64, masked: bool) -> Result<()> {
+pub(super) fn set_table_mask(client: &dyn Client, vector: u64, masked: bool) -> Result<()> {
     let value = u32::from(masked).to_le_bytes();
     write(client, TABLE, vector * 16 + 12, &value)
 }

@@ -3,9 +3,12 @@
 
 mod access;
 mod config;
+mod doorbell;
 mod interrupt;
 mod life;
 mod memory;
+mod recovery;
+mod threads;
 
 use anyhow::Result;
 
@@ -17,14 +20,20 @@ pub struct Case {
     /// `topic::input_outcome`.
     pub name: &'static str,
     pub(crate) run: fn(&dyn Host) -> Result<()>,
+    /// Threads that serve the device, at least.
+    pub threads: usize,
 }
 
 /// Lists the cases of a topic.
 macro_rules! topic {
     ($topic:literal: $($case:ident),* $(,)?) => {
+        $crate::suite::topic!($topic, 1 thread: $($case),*);
+    };
+    ($topic:literal, $threads:literal thread: $($case:ident),* $(,)?) => {
         pub(super) const CASES: &[$crate::Case] = &[$($crate::Case {
             name: concat!($topic, "::", stringify!($case)),
             run: $case,
+            threads: $threads,
         }),*];
     };
 }
@@ -38,6 +47,9 @@ pub fn cases() -> impl Iterator<Item = Case> {
         interrupt::CASES,
         memory::CASES,
         life::CASES,
+        doorbell::CASES,
+        recovery::CASES,
+        threads::CASES,
     ]
     .into_iter()
     .flatten()
