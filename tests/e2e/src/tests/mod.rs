@@ -33,7 +33,9 @@ mod reply;
 mod request;
 mod standby;
 mod state;
+mod service;
 mod sysfs;
+mod unprivileged;
 mod vanish;
 mod vfio_bad;
 
@@ -106,6 +108,7 @@ fn test(name: String, body: Body) -> Test {
 /// All tests.
 pub(crate) fn all() -> Vec<Test> {
     let topics: &[fn() -> Vec<Test>] = &[
+    let topics: [fn() -> Vec<Test>; 26] = [
         module::tests,
         module::long,
         sysfs::tests,
@@ -143,6 +146,8 @@ pub(crate) fn all() -> Vec<Test> {
         gpio::where_installed,
         muserctl::where_installed,
         mdevctl::where_installed,
+        unprivileged::where_installed,
+        service::where_installed,
         clean::tests,
     ];
     topics.iter().flat_map(|topic| topic()).collect()
