@@ -31,9 +31,9 @@ mod parallel;
 mod quota;
 mod reply;
 mod request;
+mod service;
 mod standby;
 mod state;
-mod service;
 mod sysfs;
 mod unprivileged;
 mod vanish;
@@ -108,7 +108,6 @@ fn test(name: String, body: Body) -> Test {
 /// All tests.
 pub(crate) fn all() -> Vec<Test> {
     let topics: &[fn() -> Vec<Test>] = &[
-    let topics: [fn() -> Vec<Test>; 26] = [
         module::tests,
         module::long,
         sysfs::tests,

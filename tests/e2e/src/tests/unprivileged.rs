@@ -13,6 +13,7 @@ use muser_e2e::mdev::{random_uuid, Mdev, Type, DEVICES};
 use muser_e2e::module;
 use muser_e2e::operator::{commands, Udev, User, ALICE, BOB, CAROL, MALLORY};
 use muser_e2e::process::{succeed, Process, HELPER};
+use muser_e2e::rig::BASE;
 use muser_e2e::vfio::Road;
 
 use super::topic;
@@ -51,6 +52,10 @@ pub(super) fn where_installed() -> Vec<Test> {
     tests
         .map(|test| test.needs(|| super::missing("udevadm")))
         .chain([peer])
+        .chain(super::dma_roads(
+            "unprivileged::member_pins_what_may_be_locked",
+            member_pins_what_may_be_locked,
+        ))
         .collect()
 }
 
@@ -208,6 +213,24 @@ fn member_serves_and_uses(road: Road) -> Result<()> {
     ALICE.shell(&format!("muserctl remove {}", mdev.uuid()))?;
     mdev.wait_gone()?;
     equal("exit code", process.wait()?.code(), Some(0))
+}
+
+/// A shell's `ulimit -l` is what a user's client and process have: 16 pages.
+fn member_pins_what_may_be_locked(road: Road) -> Result<()> {
+    let udev = Udev::start()?;
+    let mdev = create(&udev, ALICE.command("sh"))?;
+    let base = BASE.to_string();
+    let pin = |pages: &str| ALICE.helper(&["pin", mdev.uuid(), &base, pages]);
+    // It describes the device, which a client finds from then on.
+    let mut process = pin("0")?;
+    process.expect("ready")?;
+    process.kill()?;
+    let client = ALICE.helper(&["guest", road.name(), mdev.uuid(), "32", "0"])?;
+    client.expect("mapped")?;
+    let mut process = pin("8")?;
+    process.expect("ready")?;
+    process.kill()?;
+    pin("32")?.expect_containing("os error 12").map(drop)
 }
 
 fn others_are_kept_out(road: Road) -> Result<()> {
