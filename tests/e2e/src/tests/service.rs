@@ -21,6 +21,7 @@ topic!("service", once: [
     units_are_correct,
     killed_service_goes_on,
     restarted_service_goes_on,
+    upgrade_hands_over_and_back,
     stopped_device_is_removed,
     removed_device_is_not_served_again,
     service_starts_with_a_device_of_root,
@@ -94,7 +95,7 @@ fn units_are_correct() -> Result<()> {
         format!("/etc/muser/{SERVED}.env"),
         "PROGRAM=/usr/bin/gpio\n",
     )?;
-    for unit in ["muser@", "muser-device@"] {
+    for unit in ["muser@", "muser-next@", "muser-device@"] {
         let unit = format!("{unit}{SERVED}.service");
         let said = succeed("systemd-analyze", &["verify", "--man=no", &unit])?;
         equal("systemd-analyze", said.as_str(), "")?;
@@ -129,9 +130,35 @@ fn restarted_service_goes_on() -> Result<()> {
     Ok(())
 }
 
+fn upgrade_hands_over_and_back() -> Result<()> {
+    let service = Service::start()?;
+    let client = service.client()?;
+    let units = ["muser@", "muser-next@"].map(|unit| format!("{unit}{SERVED}.service"));
+    for (old, new) in [(0, 1), (1, 0)] {
+        let before = server(SERVED);
+        match new {
+            1 => service.shell(2)?,
+            _ => drop(
+                service
+                    .systemd
+                    .shell(&format!("systemctl start {}", units[new]))?,
+            ),
+        }
+        time::until("the old one ending", || {
+            let state = service.systemd.property(&units[old], "ActiveState");
+            state.is_ok_and(|state| state == "inactive")
+        })?;
+        equal("card", client.read_u32(CONFIG, 0)?, 0x0dc8_494f)?;
+        ensure!(server(SERVED) != before, "the old one serves");
+        let state = service.systemd.property(&units[new], "ActiveState")?;
+        equal("the new one", state, "active".to_owned())?;
+    }
+    Ok(())
+}
+
 fn stopped_device_is_removed() -> Result<()> {
     let service = Service::start()?;
-    service.shell(2)?;
+    service.shell(3)?;
     service.mdev.wait_gone()?;
     equal("state", service.state()?, "inactive".to_owned())
 }
