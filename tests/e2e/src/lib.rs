@@ -19,6 +19,7 @@ pub mod kmsg;
 pub mod mdev;
 pub mod module;
 pub mod node;
+pub mod operator;
 pub mod pci;
 pub mod process;
 pub mod rig;

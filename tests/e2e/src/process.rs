@@ -252,11 +252,19 @@ pub struct Output {
 ///
 /// When it could not be started.
 pub fn run(program: &str, arguments: &[&str]) -> Result<Output> {
-    let output = Command::new(program)
-        .args(arguments)
+    output(Command::new(program).args(arguments))
+}
+
+/// Runs a command to its end.
+///
+/// # Errors
+///
+/// When it could not be started.
+pub fn output(command: &mut Command) -> Result<Output> {
+    let output = command
         .stdin(Stdio::null())
         .output()
-        .with_context(|| format!("running {program}"))?;
+        .with_context(|| format!("running {command:?}"))?;
     Ok(Output {
         code: output.status.code().unwrap_or(-1),
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),

@@ -140,6 +140,15 @@ pub(crate) enum Command {
         #[arg(required = true, value_name = "NAME=VALUE", value_parser = assignment)]
         assignments: Vec<Assignment>,
     },
+    /// Gives the files of a device to the user who created it; for the udev rule
+    ///
+    /// PATH is the device's directory in sysfs, or that of its VFIO group or VFIO character
+    /// device. Nothing happens to a device that is not one of muser's.
+    #[command(hide = true)]
+    Give {
+        /// The directory
+        path: PathBuf,
+    },
     /// Writes to the attribute `remove` at PATH, and exits with the errno
     #[command(hide = true)]
     WriteRemove {

@@ -66,6 +66,23 @@ pub(crate) fn denied(path: &Path) -> String {
     )
 }
 
+/// The sentence for somebody who may not write to a type's `create`: who may, and how to become one.
+pub(crate) fn not_member(create: &Path) -> String {
+    match std::fs::metadata(create) {
+        Ok(file) if file.gid() != 0 && file.mode() & 0o020 != 0 => {
+            let group = name(Path::new("/etc/group"), file.gid());
+            format!(
+                "permission denied: members of group {group} create devices; root adds one with \
+                 `usermod -aG {group} USER`, which takes effect at the next login"
+            )
+        }
+        _ => format!(
+            "{}; to let a group create devices, install muser's udev rules (tools/system)",
+            denied(create)
+        ),
+    }
+}
+
 /// The name of an id in `/etc/passwd` or `/etc/group`, else the number.
 ///
 /// Not getpwuid: a static binary can't load what that needs.
@@ -98,6 +115,14 @@ mod tests {
         let text = denied(file.path());
         assert!(text.contains(&file.path().display().to_string()), "{text}");
         assert!(text.contains("has mode 0600"), "{text}");
+    }
+
+    #[test]
+    fn not_member_names_the_rules_where_no_group_may_create() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = not_member(file.path());
+        assert!(text.starts_with("permission denied: "), "{text}");
+        assert!(text.contains("udev rules"), "{text}");
     }
 
     #[test]

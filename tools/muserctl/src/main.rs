@@ -10,6 +10,7 @@
 mod cli;
 mod device;
 mod error;
+mod give;
 mod process;
 mod remove;
 #[expect(unsafe_code, reason = "system calls")]
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         Command::Set { uuid, assignments } => {
             set(&roots, &uuid, &assignments).map(|()| String::new())
         }
+        Command::Give { path } => give::give(&roots, &path).map(|()| String::new()),
         Command::WriteRemove { path } => return ExitCode::from(remove::write(&path)),
     };
     match result.and_then(|text| print(&text)) {
@@ -168,6 +170,7 @@ fn not_created(kind: &sysfs::Type, uuid: &str, error: &io::Error) -> Error {
         }
         Some(libc::EBUSY) => Error::new(format!("{} is busy; try again", path.display())),
         Some(libc::ENODEV | libc::ENOENT) => Error::new("the module muser is being unloaded"),
+        Some(libc::EACCES | libc::EPERM) => Error::new(error::not_member(&path)),
         _ => refused(&path, uuid, error),
     }
 }

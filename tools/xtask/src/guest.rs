@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A guest's file system: busybox, the project's programs, mdevctl, muser.ko and
-//! the kernel modules that it and the tests need.
+//! A guest's file system: busybox, the project's programs and its files for an
+//! operator, mdevctl, udev and systemd, muser.ko and the kernel modules that it
+//! and the tests need.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -41,9 +42,38 @@ const DIRECTORIES: &[&str] = &[
     "usr/bin",
     "usr/lib",
     "usr/lib64",
+    "usr/lib/systemd",
     "usr/lib/mdevctl/scripts.d/callouts",
     "usr/lib/mdevctl/scripts.d/notifiers",
 ];
+/// Programs of Debian's, taken with the libraries that they load. The build root has
+/// udev and systemd because mdevctl depends on them.
+const DEBIAN: &[&str] = &[
+    "/usr/bin/mdevctl",
+    "/usr/bin/nsenter",
+    "/usr/bin/setpriv",
+    "/usr/bin/systemctl",
+    "/usr/bin/systemd-analyze",
+    "/usr/bin/systemd-sysusers",
+    "/usr/bin/udevadm",
+    "/usr/bin/unshare",
+    "/usr/lib/systemd/systemd",
+    "/usr/lib/systemd/systemd-executor",
+    "/usr/sbin/usermod",
+];
+/// Debian's own files that those work by.
+const DEBIAN_FILES: &[&str] = &[
+    "/usr/lib/systemd/system/basic.target",
+    "/usr/lib/systemd/system/multi-user.target",
+    "/usr/lib/systemd/system/shutdown.target",
+    "/usr/lib/systemd/system/slices.target",
+    "/usr/lib/systemd/system/sysinit.target",
+    "/usr/lib/udev/rules.d/50-udev-default.rules",
+    "/usr/lib/udev/rules.d/60-mdevctl.rules",
+    "/usr/lib/udev/rules.d/99-systemd.rules",
+];
+/// What an operator installs, as it is; a test installs it as its README says.
+const OPERATOR: (&str, &str) = ("tools/system", "usr/share/muser");
 const LINKS: &[(&str, &str)] = &[
     ("bin", "usr/bin"),
     ("sbin", "usr/bin"),
@@ -52,6 +82,7 @@ const LINKS: &[(&str, &str)] = &[
     ("lib64", "usr/lib64"),
     ("usr/bin/sh", "busybox"),
     ("usr/bin/modprobe", "busybox"),
+    ("usr/lib/systemd/systemd-udevd", "../../bin/udevadm"),
 ];
 
 /// Programs of the project, built to run without any library of the host's.
@@ -133,7 +164,9 @@ impl Guest {
                 install(file, &dir.join("usr/bin").join(name))?;
             }
         }
-        mdevctl(root, &dir)?;
+        debian(root, &dir)?;
+        let (from, to) = OPERATOR;
+        copy_tree(&bench.project.file(from), &dir.join(to))?;
         modules(root, &tree, &muser, &dir)?;
         let image = output.join("guest.cpio");
         Ok(Self {
@@ -168,24 +201,44 @@ fn install(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// mdevctl as Debian built it, with the libraries that it loads.
-fn mdevctl(root: &Root, dir: &Path) -> Result<()> {
-    let program = "/usr/bin/mdevctl";
-    let program = if root.path(program).exists() {
-        program
-    } else {
-        "/usr/sbin/mdevctl"
-    };
-    install(&root.path(program), &dir.join("usr/bin/mdevctl"))?;
-    for word in root.output("ldd", &[program])?.split_whitespace() {
-        if word.starts_with('/') {
-            // Resolved inside the root: its /lib is a link.
-            let file = root.output("readlink", &["-f", word])?;
-            install(
-                &root.path(file.trim()),
-                &dir.join(word.trim_start_matches('/')),
-            )?;
+/// Copies a directory with all that is in it.
+fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to)?;
+    let entries = fs::read_dir(from).with_context(|| format!("cannot list {}", from.display()))?;
+    for entry in entries {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_tree(&entry.path(), &target)?;
+        } else {
+            fs::copy(entry.path(), target)?;
         }
+    }
+    Ok(())
+}
+
+/// mdevctl, udev and systemd as Debian built them, with the libraries that they load.
+fn debian(root: &Root, dir: &Path) -> Result<()> {
+    let inside = |path: &str| dir.join(path.trim_start_matches('/'));
+    for file in DEBIAN_FILES {
+        let to = inside(file);
+        install(&root.path(file), &to)?;
+        fs::set_permissions(&to, fs::Permissions::from_mode(0o644))?;
+    }
+    for program in DEBIAN {
+        install(&root.path(program), &inside(program))?;
+    }
+    let libraries = root.output("ldd", DEBIAN)?;
+    let mut libraries: Vec<&str> = libraries
+        .split_whitespace()
+        .filter(|word| word.starts_with('/') && !word.ends_with(':'))
+        .collect();
+    libraries.sort_unstable();
+    libraries.dedup();
+    for library in libraries {
+        // Resolved inside the root: its /lib is a link.
+        let file = root.output("readlink", &["-f", library])?;
+        install(&root.path(file.trim()), &inside(library))?;
     }
     Ok(())
 }

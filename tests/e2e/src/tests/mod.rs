@@ -31,9 +31,11 @@ mod parallel;
 mod quota;
 mod reply;
 mod request;
+mod service;
 mod standby;
 mod state;
 mod sysfs;
+mod unprivileged;
 mod vanish;
 mod vfio_bad;
 
@@ -143,6 +145,8 @@ pub(crate) fn all() -> Vec<Test> {
         gpio::where_installed,
         muserctl::where_installed,
         mdevctl::where_installed,
+        unprivileged::where_installed,
+        service::where_installed,
         clean::tests,
     ];
     topics.iter().flat_map(|topic| topic()).collect()
