@@ -28,7 +28,9 @@ pub trait Memory: Debug {
 
 /// A client that has the device open. Indexes are those of `<linux/vfio.h>`; errors carry the errno
 /// that a VFIO client gets.
-pub trait Client: Debug {
+///
+/// Threads can share it.
+pub trait Client: Debug + Send + Sync {
     /// A region; `None` where the device has none.
     ///
     /// # Errors

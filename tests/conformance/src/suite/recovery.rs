@@ -12,7 +12,7 @@ use crate::device::{
     ADD, FETCH_ADD, FETCH_ADDS, KEPT, LAST_RESET, LOWER, RAISE, RECOVERED, REGISTERS, REPLAYS,
     RESETS, SCRATCH, SUM, TABLE,
 };
-use crate::{Client, Host};
+use crate::Host;
 
 topic!("recovery":
     first_server_has_nothing_to_recover,
@@ -246,10 +246,8 @@ fn successor_takes_over(host: &dyn Host) -> Result<()> {
 fn hand_over_is_not_noticed(host: &dyn Host) -> Result<()> {
     const ADDS: u32 = 300;
     let client = host.open()?;
-    let add =
-        |client: &dyn Client| -> Result<()> { (0..ADDS).try_for_each(|_| set(client, ADD, 1)) };
     std::thread::scope(|scope| {
-        let adding = scope.spawn(|| add(&*host.open()?));
+        let adding = scope.spawn(|| (0..ADDS).try_for_each(|_| set(&*client, ADD, 1)));
         for _ in 0..4 {
             host.hand_over()?;
         }

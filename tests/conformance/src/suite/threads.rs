@@ -13,27 +13,27 @@ use crate::{Client, Host};
 topic!("threads", 4 thread:
     accesses_run_at_the_same_time,
     resets_run_alone,
-    each_client_sees_its_own_accesses_in_order,
+    each_thread_sees_its_own_accesses_in_order,
     effects_happen_once_while_servers_die,
 );
 
 const CONFIG: u32 = 7;
-const CLIENTS: u32 = 4;
+const THREADS: u32 = 4;
 
-/// Runs the same in several threads, each with a client of its own and its number.
+/// Runs the same in several threads of the client, each with its number.
 fn at_once(
-    host: &dyn Host,
+    client: &dyn Client,
     work: impl Fn(&dyn Client, u32) -> Result<()> + Sync,
     meanwhile: impl FnOnce(&dyn Fn() -> bool) -> Result<()>,
 ) -> Result<()> {
     std::thread::scope(|scope| {
         let work = &work;
-        let clients: Vec<_> = (0..CLIENTS)
-            .map(|number| scope.spawn(move || work(&*host.open()?, number)))
+        let threads: Vec<_> = (0..THREADS)
+            .map(|number| scope.spawn(move || work(client, number)))
             .collect();
-        let done = meanwhile(&|| clients.iter().all(|client| client.is_finished()));
-        for client in clients {
-            client.join().map_err(|_| anyhow!("a client panicked"))??;
+        let done = meanwhile(&|| threads.iter().all(|thread| thread.is_finished()));
+        for thread in threads {
+            thread.join().map_err(|_| anyhow!("a thread panicked"))??;
         }
         done
     })
@@ -41,12 +41,12 @@ fn at_once(
 
 /// Each waits in the device until another one is there as well.
 fn accesses_run_at_the_same_time(host: &dyn Host) -> Result<()> {
-    let _open = host.open()?;
+    let client = host.open()?;
     let met = |client: &dyn Client, _| {
         let together = get(client, TOGETHER)?;
         equal("met another", together >= 2, true)
     };
-    at_once(host, met, |_| Ok(()))
+    at_once(&*client, met, |_| Ok(()))
 }
 
 fn resets_run_alone(host: &dyn Host) -> Result<()> {
@@ -66,12 +66,12 @@ fn resets_run_alone(host: &dyn Host) -> Result<()> {
         }
         Ok(())
     };
-    at_once(host, busy, |_| Ok(()))?;
+    at_once(&*client, busy, |_| Ok(()))?;
     equal("accesses during resets", get(&*client, INTRUDERS)?, 0)
 }
 
-fn each_client_sees_its_own_accesses_in_order(host: &dyn Host) -> Result<()> {
-    let _open = host.open()?;
+fn each_thread_sees_its_own_accesses_in_order(host: &dyn Host) -> Result<()> {
+    let client = host.open()?;
     let own = |client: &dyn Client, number: u32| {
         let register = SCRATCH + u64::from(number) * 4;
         for round in 0..200 {
@@ -80,7 +80,7 @@ fn each_client_sees_its_own_accesses_in_order(host: &dyn Host) -> Result<()> {
         }
         Ok(())
     };
-    at_once(host, own, |_| Ok(()))
+    at_once(&*client, own, |_| Ok(()))
 }
 
 fn effects_happen_once_while_servers_die(host: &dyn Host) -> Result<()> {
@@ -96,7 +96,7 @@ fn effects_happen_once_while_servers_die(host: &dyn Host) -> Result<()> {
         }
         Ok(())
     };
-    at_once(host, count, |finished| {
+    at_once(&*client, count, |finished| {
         let mut moments = [Moment::Taken, Moment::Replying].iter().cycle();
         while !finished() {
             moments.next().map(|moment| host.die_at(*moment));
@@ -105,5 +105,5 @@ fn effects_happen_once_while_servers_die(host: &dyn Host) -> Result<()> {
         Ok(())
     })?;
     // The last death may still be due.
-    equal("sum", get(&*client, SUM)?, 2 * CLIENTS * ROUNDS)
+    equal("sum", get(&*client, SUM)?, 2 * THREADS * ROUNDS)
 }

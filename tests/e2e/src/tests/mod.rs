@@ -7,6 +7,7 @@ mod barrier;
 mod clean;
 mod close;
 mod conformance;
+mod counter;
 mod dma;
 mod dma_bad;
 mod dma_dirty;
@@ -28,6 +29,7 @@ mod module;
 mod muserctl;
 mod owner;
 mod parallel;
+mod poller;
 mod quota;
 mod reply;
 mod request;
@@ -142,7 +144,9 @@ pub(crate) fn all() -> Vec<Test> {
         close::tests,
         interop::tests,
         conformance::tests,
+        poller::tests,
         gpio::where_installed,
+        counter::where_installed,
         muserctl::where_installed,
         mdevctl::where_installed,
         unprivileged::where_installed,
