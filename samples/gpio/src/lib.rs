@@ -13,9 +13,13 @@
 //! | 4      | outputs 8 to 15           | outputs 8 to 15     |
 //! | 5      | inputs 8 to 15            | nothing             |
 //! | 6      | interrupt status in bit 2 | nothing             |
+//!
+//! All that the card knows is [`State`], six bytes of it: who kills this process and starts it again
+//! finds the outputs as they were, and no read of the inputs counted twice.
 
 use libmuser::{
-    Access, Bar, Bus, Device, Interrupts, Msi, PciBuilder, PciModel, Pin, Reset, Result, Width,
+    Access, Bar, Bus, Device, Interrupts, Msi, PciBuilder, PciModel, Pin, Reset, Result, State,
+    Width,
 };
 
 const OUT_0_7: u64 = 0;
@@ -26,8 +30,15 @@ const DEACTIVATE_INPUT_FILTERS: u64 = 3;
 const OUT_8_15: u64 = 4;
 const IN_8_15: u64 = 5;
 const INTERRUPT_STATUS: u64 = 6;
-const STATUS_CHANGED: u64 = 1 << 2; // IDIO_16_REGMAP_IRQ in gpio-pci-idio-16.c
-const READS_TO_TOGGLE: u64 = 3;
+const STATUS_CHANGED: u8 = 1 << 2; // IDIO_16_REGMAP_IRQ in gpio-pci-idio-16.c
+const READS_TO_TOGGLE: u8 = 3;
+
+/// Where in the state what is: of outputs and reads, a byte for each group.
+const OUTPUTS: usize = 0;
+const READS: usize = 2;
+const IRQ_ENABLED: usize = 4;
+const STATUS: usize = 5;
+const STATE_SIZE: usize = 6;
 
 /// Describes the card, with the ids that the driver `gpio-pci-idio-16` binds to.
 pub fn model() -> Result<PciModel> {
@@ -36,49 +47,53 @@ pub fn model() -> Result<PciModel> {
         .interrupt_pin(Pin::A)
         .bar(2, Bar::io(8).registers(Width::Byte))
         .msi(Msi::new(1))
+        .state(STATE_SIZE)
         .build()
 }
 
 /// The card.
 #[derive(Debug)]
 pub struct Gpio {
-    registers: Registers,
+    state: State,
     interrupts: Interrupts,
 }
 
-/// What a reset returns to zero.
-#[derive(Debug, Default)]
-struct Registers {
-    outputs: [u64; 2],
-    input_reads: [u64; 2],
-    irq_enabled: bool,
-    status: u64,
-}
-
 impl Gpio {
-    /// A card just powered on.
+    /// The card, just powered on or as an earlier process left it: here that is the same.
     pub fn new(bus: &Bus) -> Self {
-        let (registers, interrupts) = (Registers::default(), bus.interrupts());
         Self {
-            registers,
-            interrupts,
+            state: bus.state(),
+            interrupts: bus.interrupts(),
         }
+    }
+
+    fn kept(&self, which: usize) -> u64 {
+        self.state.read(|bytes| bytes[which].into())
+    }
+
+    fn keep(&self, which: usize, value: u8) {
+        self.state.update(|bytes| bytes[which] = value);
     }
 
     /// The inputs of one group: all low for three reads, all high for three, and so on.
-    fn read_inputs(&mut self, group: usize) -> Result<u64> {
-        let registers = &mut self.registers;
-        let before = registers.input_reads[group];
-        registers.input_reads[group] += 1;
-        if registers.input_reads[group] % READS_TO_TOGGLE == 0 && registers.irq_enabled {
-            registers.status = STATUS_CHANGED;
+    fn read_inputs(&self, access: &Access, group: usize) -> Result<u64> {
+        let reads = self.state.once(access, |bytes| {
+            let reads = bytes[READS + group];
+            bytes[READS + group] = (reads + 1) % (2 * READS_TO_TOGGLE);
+            if bytes[READS + group] % READS_TO_TOGGLE == 0 && bytes[IRQ_ENABLED] != 0 {
+                bytes[STATUS] = STATUS_CHANGED;
+            }
+            reads.into()
+        })?;
+        let toggle = u64::from(READS_TO_TOGGLE);
+        if (reads + 1) % toggle == 0 && self.kept(STATUS) != 0 {
             self.interrupts.raise(0)?;
         }
-        Ok(before / READS_TO_TOGGLE % 2 * 0xff)
+        Ok(reads / toggle * 0xff)
     }
 
-    fn clear_interrupt(&mut self) -> Result<()> {
-        self.registers.status = 0;
+    fn clear_interrupt(&self) -> Result<()> {
+        self.keep(STATUS, 0);
         self.interrupts.lower(0)
     }
 }
@@ -86,26 +101,27 @@ impl Gpio {
 impl Device for Gpio {
     fn read(&mut self, access: Access) -> Result<u64> {
         match access.offset {
-            OUT_0_7 => Ok(self.registers.outputs[0]),
-            OUT_8_15 => Ok(self.registers.outputs[1]),
-            IN_0_7 => self.read_inputs(0),
-            IN_8_15 => self.read_inputs(1),
+            OUT_0_7 => Ok(self.kept(OUTPUTS)),
+            OUT_8_15 => Ok(self.kept(OUTPUTS + 1)),
+            IN_0_7 => self.read_inputs(&access, 0),
+            IN_8_15 => self.read_inputs(&access, 1),
             ENABLE_IRQ => {
-                self.registers.irq_enabled = true;
+                self.keep(IRQ_ENABLED, 1);
                 Ok(0)
             }
-            INTERRUPT_STATUS => Ok(self.registers.status),
+            INTERRUPT_STATUS => Ok(self.kept(STATUS)),
             _ => access.unhandled_read(),
         }
     }
 
     fn write(&mut self, access: Access, value: u64) -> Result<()> {
+        let [byte, ..] = value.to_le_bytes();
         match access.offset {
-            OUT_0_7 => self.registers.outputs[0] = value,
-            OUT_8_15 => self.registers.outputs[1] = value,
+            OUT_0_7 => self.keep(OUTPUTS, byte),
+            OUT_8_15 => self.keep(OUTPUTS + 1, byte),
             CLEAR_INTERRUPT => self.clear_interrupt()?,
             ENABLE_IRQ => {
-                self.registers.irq_enabled = false;
+                self.keep(IRQ_ENABLED, 0);
                 self.clear_interrupt()?;
             }
             DEACTIVATE_INPUT_FILTERS => {} // Inputs that are not wired do not bounce.
@@ -115,7 +131,7 @@ impl Device for Gpio {
     }
 
     fn reset(&mut self, _reset: Reset) -> Result<()> {
-        self.registers = Registers::default();
+        self.state.update(|bytes| bytes.fill(0));
         Ok(())
     }
 }

@@ -99,7 +99,9 @@ fn effects_happen_once_while_servers_die(host: &dyn Host) -> Result<()> {
     at_once(&*client, count, |finished| {
         let mut moments = [Moment::Taken, Moment::Replying].iter().cycle();
         while !finished() {
-            moments.next().map(|moment| host.die_at(*moment));
+            if let Some(moment) = moments.next() {
+                host.die_at(*moment);
+            }
             std::thread::yield_now();
         }
         Ok(())

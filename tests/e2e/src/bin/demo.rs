@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{anyhow, ensure, Context, Result};
 use muser_e2e::mdev::{random_uuid, Mdev, Type};
 use muser_e2e::node::{INTX, MSI};
 use muser_e2e::pci::Function;
@@ -81,6 +81,7 @@ fn tell(story: &mut Story) -> Result<()> {
     outputs(story)?;
     inputs(story)?;
     interrupts(story)?;
+    restart(story)?;
     remove(story)?;
     unload(story)
 }
@@ -157,6 +158,10 @@ fn serve(story: &mut Story) -> Result<()> {
         "Start the program that is the device",
         "gpio is a sample: an ACCES PCI-IDIO-16 card, in a page of Rust on libmuser.",
     );
+    start(story)
+}
+
+fn start(story: &mut Story) -> Result<()> {
     let uuid = story.mdev()?.uuid().to_owned();
     shown(&format!("gpio --uuid {uuid} &"));
     let process = Process::start(Command::new("gpio").args(["--uuid", &uuid]))
@@ -289,6 +294,29 @@ fn interrupts(story: &mut Story) -> Result<()> {
     Ok(())
 }
 
+fn restart(story: &mut Story) -> Result<()> {
+    story.step(
+        "Kill the program, and start it again",
+        "The kernel keeps what must not get lost; the client, which has the device open, only waits.",
+    );
+    set(story.client()?, OUTPUTS, 0x5A)?;
+    let mut process = story.process.take().context("the program is not there")?;
+    shown(&format!("kill -9 {}", process.id()));
+    process.kill().context("killing gpio")?;
+    println!("    the client asks for the outputs; nobody is there to answer");
+    let client = story.client.take().context("the client is not open")?;
+    let asked = std::thread::spawn(move || (get(&client, OUTPUTS), client));
+    let started = start(story);
+    let (outputs, client) = asked.join().map_err(|_| anyhow!("the client panicked"))?;
+    story.client = Some(client);
+    started?;
+    let outputs = outputs.context("the read that waited")?;
+    println!("    the answer: {outputs:08b}");
+    ensure!(outputs == 0x5A, "the outputs are {outputs:#04x}, not 0x5a");
+    done("the new process goes on where the old one was killed");
+    Ok(())
+}
+
 fn remove(story: &mut Story) -> Result<()> {
     story.step(
         "Close the client and remove the device",
@@ -345,7 +373,7 @@ fn hints(step: u32) -> String {
         1 => "whether muser.ko was built for this kernel (uname -r, modinfo muser)",
         2 => "ls /sys/class/mdev_bus/muser/mdev_supported_types",
         3 => "gpio -vv --uuid UUID, which tells each request",
-        4..=8 => "muserctl show, which tells regions, interrupts and requests in flight",
+        4..=9 => "muserctl show, which tells regions, interrupts and requests in flight",
         _ => "muserctl list, and who has the device open",
     };
     format!("\n    - {first}\n    - dmesg | tail -n 30")
