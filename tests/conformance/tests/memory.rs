@@ -8,9 +8,7 @@ use std::process::ExitCode;
 use libmuser::transport::memory::{self, ClientMemory, IrqAction, IrqData, MemoryTransport};
 use libmuser::{AreaKind, DmaAccess, SharedMemory};
 use libtest_mimic::{Arguments, Trial};
-use muser_conformance::{
-    cases, run_with, Access, Backend, Client, DmaMemory, Memory, RegionInfo,
-};
+use muser_conformance::{cases, run_with, Access, Backend, Client, DmaMemory, Memory, RegionInfo};
 
 fn main() -> ExitCode {
     let trials = cases().flat_map(|case| {
