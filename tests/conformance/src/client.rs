@@ -26,6 +26,30 @@ pub trait Memory: Debug {
     fn store(&self, offset: usize, value: u32);
 }
 
+/// What the device may do with memory of the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read it.
+    Read,
+    /// Read and write it.
+    Both,
+}
+
+/// Memory of the client that the device can reach.
+pub trait DmaMemory: Debug {
+    /// Reads all of `to`; it ends in the memory.
+    fn read(&self, offset: usize, to: &mut [u8]);
+    /// Writes all of `from`; it ends in the memory.
+    fn write(&self, offset: usize, from: &[u8]);
+
+    /// So many bytes of it.
+    fn bytes(&self, offset: usize, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.read(offset, &mut bytes);
+        bytes
+    }
+}
+
 /// A client that has the device open. Indexes are those of `<linux/vfio.h>`; errors carry the errno
 /// that a VFIO client gets.
 ///
@@ -105,4 +129,34 @@ pub trait Client: Debug + Send + Sync {
     ///
     /// `EINVAL` where no such area is.
     fn map(&self, region: u32, offset: u64, len: usize) -> io::Result<Box<dyn Memory>>;
+
+    /// Lets the device reach new memory, zeroed, at an IOVA. It stays mapped when it is dropped, but
+    /// not longer than the client is there.
+    ///
+    /// # Errors
+    ///
+    /// Those of the transport.
+    fn dma_map(&self, iova: u64, len: u64, access: Access) -> io::Result<Box<dyn DmaMemory>>;
+
+    /// Takes all memory in a range away from the device; tells how many bytes that were.
+    ///
+    /// # Errors
+    ///
+    /// Those of the transport.
+    fn dma_unmap(&self, iova: u64, len: u64) -> io::Result<u64>;
+
+    /// Starts to record to which pages in a range the device writes.
+    ///
+    /// # Errors
+    ///
+    /// Those of the transport.
+    fn dirty_start(&self, iova: u64, len: u64) -> io::Result<()>;
+
+    /// The first IOVA of each page of 4096 bytes to which the device wrote since the record was
+    /// started or last asked for, ascending.
+    ///
+    /// # Errors
+    ///
+    /// Those of the transport.
+    fn dirty_pages(&self, iova: u64, len: u64) -> io::Result<Vec<u64>>;
 }

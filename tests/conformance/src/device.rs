@@ -19,12 +19,14 @@
 //! | [`TRACE_ENTRY`] | its offset in bits 8 to 15, its width in bits 0 to 6, bit 7: a write    |
 //!
 //! And those of what survives it, see [`KEPT`] and the others there.
+//! Those from 0x90 on are of its DMA [`engine`].
 
 use libmuser::{
     Access, Bar, Bus, Device, Errno, Express, Interrupts, Msi, Msix, PciBuilder, PciModel, Pin,
     PowerManagement, Region, Reset, Result, SharedMemory, VendorCapability,
 };
 
+pub mod engine;
 mod keeper;
 
 pub use keeper::{
@@ -32,6 +34,7 @@ pub use keeper::{
     REPLAYS, RINGS, SUM, TOGETHER,
 };
 
+use engine::Engine;
 use keeper::Keeper;
 
 /// Vendor id and device id.
@@ -117,6 +120,7 @@ pub struct TestDevice {
     trace: Vec<u8>,
     trace_at: usize,
     keeper: Keeper,
+    engine: Engine,
 }
 
 impl TestDevice {
@@ -133,6 +137,7 @@ impl TestDevice {
             trace: Vec::new(),
             trace_at: 0,
             keeper: Keeper::new(bus),
+            engine: Engine::new(bus.dma()),
         }
     }
 
@@ -183,7 +188,10 @@ impl Device for TestDevice {
                     u16::from_le_bytes([entry[0], entry[1]]).into()
                 }))
             }
-            _ => access.unhandled_read(),
+            offset => match self.engine.read(offset) {
+                Some(value) => Ok(value),
+                None => access.unhandled_read(),
+            },
         }
     }
 
@@ -208,6 +216,10 @@ impl Device for TestDevice {
             PEEK => self.memory()?.write(self.peek_at, value as u32)?,
             TRACE => self.trace.clear(),
             TRACE_AT => self.trace_at = usize::from(vector),
+            offset if (engine::IOVA..=engine::GO).contains(&offset) => {
+                let memory = self.memory()?.clone();
+                self.engine.write(offset, value as u32, &memory)?;
+            }
             _ => access.unhandled_write(value)?,
         }
         Ok(())
@@ -216,6 +228,10 @@ impl Device for TestDevice {
     fn doorbell(&mut self, _doorbell: &libmuser::Doorbell) -> Result<()> {
         self.keeper.ring();
         Ok(())
+    }
+
+    fn dma_unmapped(&mut self, iova: std::ops::Range<u64>) {
+        self.engine.unmapped(iova);
     }
 
     fn reset(&mut self, reset: Reset) -> Result<()> {

@@ -19,6 +19,6 @@ pub mod device;
 mod host;
 mod suite;
 
-pub use client::{Client, Memory, RegionInfo};
+pub use client::{Access, Client, DmaMemory, Memory, RegionInfo};
 pub use host::{run, run_with, Backend, Host};
 pub use suite::{cases, Case};

@@ -5,10 +5,10 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::process::ExitCode;
 
-use libmuser::transport::memory::{self, IrqAction, IrqData, MemoryTransport};
-use libmuser::{AreaKind, SharedMemory};
+use libmuser::transport::memory::{self, ClientMemory, IrqAction, IrqData, MemoryTransport};
+use libmuser::{AreaKind, DmaAccess, SharedMemory};
 use libtest_mimic::{Arguments, Trial};
-use muser_conformance::{cases, run_with, Backend, Client, Memory, RegionInfo};
+use muser_conformance::{cases, run_with, Access, Backend, Client, DmaMemory, Memory, RegionInfo};
 
 fn main() -> ExitCode {
     let trials = cases().flat_map(|case| {
@@ -109,6 +109,46 @@ impl Client for Open {
 
     fn map(&self, region: u32, offset: u64, _len: usize) -> io::Result<Box<dyn Memory>> {
         Ok(Box::new(Mapped(self.0.map(region, offset)?)))
+    }
+
+    fn dma_map(&self, iova: u64, len: u64, access: Access) -> io::Result<Box<dyn DmaMemory>> {
+        let memory = ClientMemory::new(usize::try_from(len).unwrap_or(usize::MAX))?;
+        let access = match access {
+            Access::Read => DmaAccess::Read,
+            Access::Both => DmaAccess::ReadWrite,
+        };
+        self.0.dma_map(iova, &memory, 0..len, access)?;
+        Ok(Box::new(Lent(memory)))
+    }
+
+    fn dma_unmap(&self, iova: u64, len: u64) -> io::Result<u64> {
+        self.0.dma_unmap(iova, len)
+    }
+
+    fn dirty_start(&self, iova: u64, len: u64) -> io::Result<()> {
+        // It is always recorded: what was is forgotten.
+        self.dirty_pages(iova, len).map(drop)
+    }
+
+    fn dirty_pages(&self, iova: u64, len: u64) -> io::Result<Vec<u64>> {
+        Ok(self.0.dirty_pages(iova..iova + len, true))
+    }
+}
+
+#[derive(Debug)]
+struct Lent(ClientMemory);
+
+impl DmaMemory for Lent {
+    fn read(&self, offset: usize, to: &mut [u8]) {
+        self.0
+            .read(offset as u64, to)
+            .expect("the bytes are in the memory");
+    }
+
+    fn write(&self, offset: usize, from: &[u8]) {
+        self.0
+            .write(offset as u64, from)
+            .expect("the bytes are in the memory");
     }
 }
 

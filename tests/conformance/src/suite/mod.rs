@@ -3,6 +3,7 @@
 
 mod access;
 mod config;
+mod dma;
 mod doorbell;
 mod interrupt;
 mod life;
@@ -46,6 +47,7 @@ pub fn cases() -> impl Iterator<Item = Case> {
         config::CASES,
         interrupt::CASES,
         memory::CASES,
+        dma::CASES,
         life::CASES,
         doorbell::CASES,
         recovery::CASES,

@@ -6,10 +6,10 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use anyhow::Result;
 use libmuser::transport::KernelTransport;
-use muser_conformance::{cases, run, Backend, Case, Client, Memory, RegionInfo};
+use muser_conformance::{cases, run, Access, Backend, Case, Client, DmaMemory, Memory, RegionInfo};
 use muser_e2e::mdev::{Mdev, Type};
-use muser_e2e::sys::Mapping;
-use muser_e2e::vfio::{self, IrqData, IrqSet, Road};
+use muser_e2e::sys::{Mapping, PAGE};
+use muser_e2e::vfio::{self, IrqData, IrqSet, Road, DMA_BOTH, DMA_READ};
 use vfio_bindings::bindings::vfio::{
     VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
 };
@@ -23,10 +23,14 @@ pub(super) fn tests() -> Vec<Test> {
         body: Body::Case(road, case),
         lacking: || None,
         patience: 1,
-        pins: false,
+        pins: case.name.starts_with("dma::"),
+    };
+    let roads = |case: &Case| match case.name.starts_with("dma::") {
+        true => &Road::DMA[..],
+        false => &Road::ALL[..],
     };
     cases()
-        .flat_map(|case| Road::ALL.map(|road| on_road(case, road)))
+        .flat_map(|case| roads(&case).iter().map(move |road| on_road(case, *road)))
         .collect()
 }
 
@@ -118,6 +122,41 @@ impl Client for Open {
 
     fn map(&self, region: u32, offset: u64, len: usize) -> io::Result<Box<dyn Memory>> {
         Ok(Box::new(Mapped(self.0.map(region, offset, len)?)))
+    }
+
+    fn dma_map(&self, iova: u64, len: u64, access: Access) -> io::Result<Box<dyn DmaMemory>> {
+        let memory = Mapping::anonymous(len as usize)?;
+        let flags = match access {
+            Access::Read => DMA_READ,
+            Access::Both => DMA_BOTH,
+        };
+        self.0.dma_map(&memory, iova, flags)?;
+        Ok(Box::new(Lent(memory)))
+    }
+
+    fn dma_unmap(&self, iova: u64, len: u64) -> io::Result<u64> {
+        self.0.dma_unmap(iova, len)
+    }
+
+    fn dirty_start(&self, iova: u64, len: u64) -> io::Result<()> {
+        self.0.log_start(&[(iova, len)], PAGE as u64).map(drop)
+    }
+
+    fn dirty_pages(&self, iova: u64, len: u64) -> io::Result<Vec<u64>> {
+        Ok(self.0.log_report(iova, len, PAGE as u64)?.iovas)
+    }
+}
+
+#[derive(Debug)]
+struct Lent(Mapping);
+
+impl DmaMemory for Lent {
+    fn read(&self, offset: usize, to: &mut [u8]) {
+        to.copy_from_slice(&self.0.read_bytes(offset, to.len()));
+    }
+
+    fn write(&self, offset: usize, from: &[u8]) {
+        self.0.write_bytes(offset, from);
     }
 }
 

@@ -11,6 +11,7 @@ mod counter;
 mod dma;
 mod dma_bad;
 mod dma_dirty;
+mod dma_library;
 mod dma_pins;
 mod dma_race;
 mod dma_unmap;
@@ -140,6 +141,7 @@ pub(crate) fn all() -> Vec<Test> {
         dma_bad::tests,
         dma_race::tests,
         dma_dirty::tests,
+        dma_library::tests,
         doorbell::tests,
         close::tests,
         interop::tests,
