@@ -180,7 +180,7 @@ fn second_server_in_standby_is_refused() {
     thread::scope(|scope| {
         let held = scope.spawn(|| read(&client, WAIT));
         device.barrier.wait();
-        let threads = [(); 2].map(|()| scope.spawn(&attach));
+        let threads = [(); 2].map(|()| scope.spawn(attach));
 
         // The first of the two waits for the request that is held: so it is the other that ends.
         while !threads.iter().any(|thread| thread.is_finished()) {

@@ -121,7 +121,7 @@ fn kill_at_any_store_leaves_each_access_done_once() {
     let mut kills = 0;
     for number in 0..3 {
         // Two accesses of one request, and one of another at the same place.
-        let access = access(1 + (number / 2 << 16), number % 2 * 8, false);
+        let access = access(1 + ((number / 2) << 16), number % 2 * 8, false);
         let result = count(&state, &access).unwrap();
         assert_eq!(result, number);
         for bytes in observer.take() {

@@ -189,7 +189,7 @@ impl Attachment {
 ///
 /// # Invariants
 ///
-/// Of requests that are in flight at one time, the [places](Self::place) differ.
+/// Of requests that are in flight at one time, the places differ.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(u64);
 
