@@ -29,7 +29,7 @@ use libmuser::{
 
 use super::TestDevice;
 
-/// See the [module](self).
+/// See the module.
 pub const KEPT: u64 = 0x100;
 /// See the [module](self).
 pub const ADD: u64 = 0x104;

@@ -128,3 +128,50 @@ pub fn delete_module(name: &std::ffi::CStr) -> io::Result<()> {
         Ok(())
     }
 }
+
+/// Has every ioctl of this thread fail with `EPERM` from now on.
+///
+/// # Errors
+///
+/// The errno of `prctl`.
+pub fn forbid_ioctls() -> io::Result<()> {
+    // <linux/seccomp.h>: the filter sees `struct seccomp_data`, with the call's number at its start.
+    let statement = |code: u32, k: u32, jt, jf| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    let mut filter = [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        statement(
+            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+            libc::SYS_ioctl as u32,
+            0,
+            1,
+        ),
+        statement(
+            libc::BPF_RET | libc::BPF_K,
+            libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
+            0,
+            0,
+        ),
+        statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0),
+    ];
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_mut_ptr(),
+    };
+    // SAFETY: the option takes plain integers.
+    let mut result = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+    if result == 0 {
+        let mode = libc::SECCOMP_MODE_FILTER;
+        // SAFETY: the program's pointer leads to as many instructions as it says.
+        result = unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program) };
+    }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}

@@ -10,11 +10,11 @@ use std::time::Instant;
 use anyhow::{anyhow, ensure, Context, Result};
 use libmuser::transport::KernelTransport;
 use libmuser::{Device, Dma, DmaAccess, PciBuilder, Server, Stop};
-use muser_e2e::check::{equal, works};
+use muser_e2e::check::{equal, fails, works};
 use muser_e2e::mdev::{Mdev, Type};
 use muser_e2e::node::Node;
 use muser_e2e::rig::{pattern, Guest, BASE};
-use muser_e2e::sys::{Mapping, Memory, PAGE};
+use muser_e2e::sys::{self, Mapping, Memory, PAGE};
 use muser_e2e::vfio::{Road, DMA_BOTH};
 
 use super::topic;
@@ -24,7 +24,7 @@ topic!("dma_library", dma: [
     more_than_the_limit_is_refused,
     release_unpins_what_is_not_in_use,
     threads_use_a_range_while_the_client_unmaps_it,
-    use_of_what_is_held_is_cheap,
+    use_of_what_is_held_makes_no_ioctl,
 ]);
 
 struct Idle;
@@ -230,31 +230,28 @@ fn threads_use_a_range_while_the_client_unmaps_it(road: Road) -> Result<()> {
     library.end()
 }
 
-/// A use of what is held takes less than the shortest of system calls. The best of many is taken:
-/// other load is no matter.
-fn use_of_what_is_held_is_cheap(road: Road) -> Result<()> {
+/// A thread that may make no ioctl any more uses what is held as before.
+fn use_of_what_is_held_makes_no_ioctl(road: Road) -> Result<()> {
     let library = Library::start(road, 4)?;
     let range = library.dma.map(BASE, PAGE, DmaAccess::ReadWrite)?;
-    let pins = library.pinned()?;
-    let per_use = |work: &dyn Fn() -> libmuser::Result<()>| -> Result<u128> {
-        let batch = || -> Result<u128> {
-            let start = Instant::now();
-            (0..20).try_for_each(|_| work())?;
-            Ok(start.elapsed().as_nanos() / 20)
-        };
-        (0..100).try_fold(u128::MAX, |best, _| Ok(best.min(batch()?)))
-    };
-    let load = per_use(&|| range.load::<u64>(8).map(drop))?;
-    let store = per_use(&|| range.store(8, 1_u64))?;
-    let copy = per_use(&|| library.dma.read_obj::<[u64; 2]>(BASE).map(drop))?;
+    range.write_obj(0, 0_u64)?;
     let node = Node::open(&library.mdev)?;
-    let call = per_use(&|| node.pinned().map(drop).map_err(libmuser::Error::from))?;
-    println!("load {load} ns, store {store} ns, copy of 16 bytes {copy} ns, system call {call} ns");
-    let most = load.max(store).max(copy);
-    ensure!(
-        most < call,
-        "{most} ns for a use, {call} ns for a system call"
-    );
+    let pins = node.pinned()?;
+    std::thread::scope(|scope| {
+        let user = scope.spawn(|| -> Result<()> {
+            sys::forbid_ioctls()?;
+            fails("an ioctl", node.pinned(), libc::EPERM)?;
+            for round in 0..100_u64 {
+                range.store(8, round)?;
+                equal("load", range.load::<u64>(8)?, round)?;
+                library.dma.write_obj(BASE + 16, [round, !round])?;
+                let copy = library.dma.read_obj::<[u64; 2]>(BASE + 16)?;
+                equal("copy", copy, [round, !round])?;
+            }
+            Ok(())
+        });
+        user.join().map_err(|_| anyhow!("the thread panicked"))?
+    })?;
     equal("pinned", library.pinned()?, pins)?;
     library.end()
 }
