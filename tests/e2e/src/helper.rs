@@ -150,7 +150,7 @@ fn pin(uuid: &str, iova: u64, pages: u64) -> Result<()> {
     }
 }
 
-/// What `pin` writes to the first page; to the next, one more.
+/// What the helper `pin` writes to the first page; to the next, one more.
 pub const PINNED: u64 = 0x5EED_0000;
 
 /// A client with memory at [`BASE`]: `mapped` or an errno; then does what its input says, a line

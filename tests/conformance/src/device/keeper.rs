@@ -31,27 +31,27 @@ use super::TestDevice;
 
 /// See the module.
 pub const KEPT: u64 = 0x100;
-/// See the [module](self).
+/// See the module.
 pub const ADD: u64 = 0x104;
-/// See the [module](self).
+/// See the module.
 pub const SUM: u64 = 0x108;
-/// See the [module](self).
+/// See the module.
 pub const RECOVERED: u64 = 0x10C;
-/// See the [module](self).
+/// See the module.
 pub const REPLAYS: u64 = 0x110;
-/// See the [module](self).
+/// See the module.
 pub const BELL: u64 = 0x114;
-/// See the [module](self).
+/// See the module.
 pub const RINGS: u64 = 0x118;
-/// See the [module](self).
+/// See the module.
 pub const TOGETHER: u64 = 0x11C;
-/// See the [module](self).
+/// See the module.
 pub const INTRUDERS: u64 = 0x120;
-/// See the [module](self).
+/// See the module.
 pub const FETCH_ADD: u64 = 0x140;
 /// Registers in a row that do the same as [`FETCH_ADD`].
 pub const FETCH_ADDS: u64 = 16;
-/// See the [module](self).
+/// See the module.
 pub const DOORBELL: u64 = 0xC00;
 /// Bytes of state.
 pub(super) const STATE: usize = 8;
