@@ -18,7 +18,8 @@ use crate::server::{Ended, Server, SharedServer, Stop};
 /// One thread [runs](Self::run_until) it. Servers can be added and removed at any time, from any
 /// thread; a handle: clone it. Each server that has something to do gets its turn, for a bounded
 /// number of requests; so one busy device can slow the others down, but not keep them waiting for
-/// ever. A device whose call takes long makes all of them wait: it should have a thread of its own.
+/// ever. A device whose call takes long, or which is [quiesced](crate::Bus::quiesce) while a request
+/// is there, makes all of them wait: it should have a thread of its own.
 ///
 /// # Examples
 ///
