@@ -64,15 +64,27 @@
 //!
 //! # Threads
 //!
-//! A server calls its device from the thread that runs it, one call at a time. The handles that a
-//! [`Bus`] gives out ([`Interrupts`], [`SharedMemory`], [`Dma`]) work from any thread.
+//! A [`Server`] calls its device from the thread that runs it, one call at a time; a
+//! [`SharedServer`] calls a [`SharedDevice`] from as many as it is given, and says what runs alone. A
+//! [`Poller`] serves many devices from one thread. The handles that a [`Bus`] gives out
+//! ([`Interrupts`], [`SharedMemory`], [`State`], [`Dma`]) work from any thread.
+//!
+//! # Restart
+//!
+//! A process may be killed at any moment, and started again: its clients wait, and notice nothing
+//! else. The function (configuration space, the MSI-X table, pending and raised interrupts) goes on
+//! where it was, by the library. Requests that were not answered come again, in their order, and are
+//! marked ([`Access::replay`]). What else a device must not forget, it keeps in its [`State`]; what it
+//! must not do twice, it does with [`State::once`]. To replace a process that works, start its
+//! successor in [standby](AttachOptions::standby).
 //!
 //! # What the library does for a device
 //!
 //! - Configuration space: BAR sizing, command and status, write masks, the capability chains,
 //!   power states, function level reset ([`pci`]).
 //! - MSI-X with its table and pending bits, MSI, the interrupt line ([`Interrupts`]).
-//! - The expansion ROM, and memory shared with the client ([`SharedMemory`]).
+//! - The expansion ROM, memory shared with the client ([`SharedMemory`]), and doorbells
+//!   ([`Doorbell`]).
 //! - The client's memory by IOVA, in place or copied, checked at each use ([`Dma`]).
 //! - Accesses of any size and alignment, cut into typed ones ([`Access`]).
 //! - Errors, which become the client's errno and a line in the log ([`Error`]).

@@ -18,7 +18,8 @@ use crate::server::{Ended, Server, SharedServer, Stop};
 /// One thread [runs](Self::run_until) it. Servers can be added and removed at any time, from any
 /// thread; a handle: clone it. Each server that has something to do gets its turn, for a bounded
 /// number of requests; so one busy device can slow the others down, but not keep them waiting for
-/// ever. A device whose call takes long makes all of them wait: it should have a thread of its own.
+/// ever. A device whose call takes long, or which is [quiesced](crate::Bus::quiesce) while a request
+/// is there, makes all of them wait: it should have a thread of its own.
 ///
 /// # Examples
 ///
@@ -63,10 +64,13 @@ struct Inner {
 
 #[derive(Default)]
 struct Members {
-    servers: BTreeMap<Member, Arc<Mutex<dyn Served>>>,
+    servers: BTreeMap<Member, Arc<Slot>>,
     /// How many there were so far.
     count: u64,
 }
+
+/// A server, as long as it is not removed.
+type Slot = Mutex<Option<Box<dyn Served>>>;
 
 /// Names a server in its [`Poller`]; no two that a poller ever has have the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -134,7 +138,8 @@ impl Poller {
         let member = Member(members.count);
         let event = EpollEvent::new(EpollFlags::EPOLLIN, member.0);
         self.inner.epoll.add(&server, event).map_err(failed)?;
-        members.servers.insert(member, Arc::new(Mutex::new(server)));
+        let slot: Slot = Mutex::new(Some(Box::new(server)));
+        members.servers.insert(member, Arc::new(slot));
         Ok(member)
     }
 
@@ -142,13 +147,16 @@ impl Poller {
     /// is at. Tells whether it was there. Not for the device's own calls, which would wait for
     /// themselves.
     pub fn remove(&self, member: Member) -> bool {
-        let server = self.lock().servers.remove(&member);
-        server.is_some_and(|server| {
-            let server = server.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(slot) = self.lock().servers.remove(&member) else {
+            return false;
+        };
+        // Whoever else has the slot just now finds nothing in it afterwards.
+        let server = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(server) = &server {
             // It is in the epoll instance, so this can't fail.
-            let _ = self.inner.epoll.delete(&*server);
-            true
-        })
+            let _ = self.inner.epoll.delete(server);
+        }
+        server.is_some()
     }
 
     /// How many servers there are.
@@ -200,11 +208,14 @@ impl Poller {
 
     fn give_turn(&self, member: Member, ended: &mut dyn FnMut(Member, Result<Ended>)) {
         // It may have been removed since the event.
-        let Some(server) = self.lock().servers.get(&member).cloned() else {
+        let Some(slot) = self.lock().servers.get(&member).cloned() else {
             return;
         };
         let error = {
-            let mut server = server.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(server) = slot.as_mut() else {
+                return;
+            };
             let mut turns = (0..TURN).map(|_| server.process());
             turns.find_map(|turn| match turn {
                 Ok(true) => None,

@@ -138,11 +138,17 @@ impl<D: Device> Server<D> {
 ///
 /// - A client's thread waits for each of its accesses: it sees their effects in the order in which
 ///   it makes them. Accesses of different client threads run at the same time, in any order.
+/// - A write to a doorbell is not waited for: its value can be seen at once, by the client and by the
+///   device, but the call of [`SharedDevice::doorbell`] may come after that for an access which the
+///   client made later. Several rings may make one call.
 /// - An access of many bytes is cut ([`Access`](crate::Access)); its parts are made one after
 ///   another, by one thread.
 /// - A reset runs alone, whoever caused it: the accesses before it have ended, and those after it
 ///   wait until it has. So does a write to configuration space, which may be the cause of one.
+/// - [`SharedDevice::dma_unmapped`] runs alone as well: no access uses the memory that goes, and none
+///   begins meanwhile.
 /// - [`Bus::quiesce`] keeps all of it out.
+/// - A removal, a [`Stop`] and a hand-over let the accesses end that are in the device.
 ///
 /// # Panics
 ///

@@ -1,23 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The part of the test device that survives it, and tells whether it did.
 //!
-//! Further registers of [`REGISTERS`](super::REGISTERS):
-//!
-//! | offset        | what it is                                                              |
-//! |---------------|-------------------------------------------------------------------------|
-//! | [`KEPT`]      | keeps what is written beyond the life of the server, and over resets     |
-//! | [`ADD`]       | a write adds the value to [`SUM`], exactly once                          |
-//! | [`FETCH_ADD`] | a read returns [`SUM`] and adds 1 to it, exactly once; 16 times in a row |
-//! | [`SUM`]       | what was added; survives as well                                        |
-//! | [`RECOVERED`] | 1 if the server found the state of an earlier one, else 0               |
-//! | [`REPLAYS`]   | accesses of this part that were marked as replays, of this server       |
-//! | [`BELL`]      | the device's own view of the doorbell                                   |
-//! | [`RINGS`]     | how often this server was told of the doorbell                          |
-//! | [`TOGETHER`]  | a read which waits for another read of it, of another client thread, and |
-//! |               | returns how many there are; for servers with several threads            |
-//! | [`INTRUDERS`] | accesses that were in the device during a reset so far                   |
-//!
-//! The doorbell is 4 bytes at [`DOORBELL`] of [`TABLE`](super::TABLE).
+//! Its registers are further ones of [`REGISTERS`](super::REGISTERS), of 4 bytes each.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -29,29 +13,30 @@ use libmuser::{
 
 use super::TestDevice;
 
-/// See the module.
+/// Keeps what is written beyond the life of the server, and over resets.
 pub const KEPT: u64 = 0x100;
-/// See the module.
+/// A write adds the value to [`SUM`], exactly once.
 pub const ADD: u64 = 0x104;
-/// See the module.
+/// What was added; survives as well.
 pub const SUM: u64 = 0x108;
-/// See the module.
+/// 1 if the server found the state of an earlier one, else 0.
 pub const RECOVERED: u64 = 0x10C;
-/// See the module.
+/// Accesses of these registers that were marked as replays, of this server.
 pub const REPLAYS: u64 = 0x110;
-/// See the module.
+/// The device's own view of the doorbell.
 pub const BELL: u64 = 0x114;
-/// See the module.
+/// How often this server was told of the doorbell.
 pub const RINGS: u64 = 0x118;
-/// See the module.
+/// A read waits for another read of it, of another thread of the client, and returns how many
+/// there were. For servers with several threads.
 pub const TOGETHER: u64 = 0x11C;
-/// See the module.
+/// Accesses that were in the device during a reset so far.
 pub const INTRUDERS: u64 = 0x120;
-/// See the module.
+/// A read returns [`SUM`] and adds 1 to it, exactly once.
 pub const FETCH_ADD: u64 = 0x140;
 /// Registers in a row that do the same as [`FETCH_ADD`].
 pub const FETCH_ADDS: u64 = 16;
-/// See the module.
+/// The doorbell, 4 bytes in [`TABLE`](super::TABLE).
 pub const DOORBELL: u64 = 0xC00;
 /// Bytes of state.
 pub(super) const STATE: usize = 8;
