@@ -15,7 +15,7 @@ use crate::{
         irqs::Irqs,
         memory::Memory,
         queue::{Id, Queue, Withdrawn},
-        request::{Kind, Request},
+        request::Request,
         state::State,
         users::Allowance, //
     },
@@ -479,6 +479,10 @@ impl Device {
             if state.serving(owner).is_none() {
                 return;
             }
+            // What the process used of the client's memory is not used any more.
+            while let Some(unmap) = state.requests.pop_where(Request::is_unmap) {
+                unmap.finish(Error::from(Errno::ENOTCONN).to_errno());
+            }
             state.serve(None);
             state.detached_since = Moment::now();
             self.publish(&state);
@@ -491,8 +495,6 @@ impl Device {
             let Some(request) = poison else { break };
             request.finish(EIO.to_errno());
         }
-        // What the process used of the client's memory is not used any more.
-        self.end_unmaps();
         // Threads of the process which wait for a request find that they are not attached.
         self.takers.wake_all();
         self.successor.wake_all();
@@ -504,16 +506,6 @@ impl Device {
                 self.name(),
                 replays
             );
-        }
-    }
-
-    /// Ends the unmaps in flight: the process that was asked is gone.
-    fn end_unmaps(&self) {
-        let is_unmap = |request: &Arc<Request>| matches!(request.kind(), Kind::Unmap { .. });
-        loop {
-            let unmap = self.state.lock().requests.pop_where(is_unmap);
-            let Some(request) = unmap else { break };
-            request.finish(Error::from(Errno::ENOTCONN).to_errno());
         }
     }
 

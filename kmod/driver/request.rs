@@ -98,6 +98,11 @@ impl Request {
         self.kind
     }
 
+    /// Whether it is an unmap.
+    pub(crate) fn is_unmap(self: &Arc<Self>) -> bool {
+        matches!(self.kind, Kind::Unmap { .. })
+    }
+
     /// The head of the slot that carries it.
     pub(crate) fn slot(&self, id: u64, replay: bool) -> muser_slot {
         let replay = if replay { MUSER_REQUEST_REPLAY } else { 0 };

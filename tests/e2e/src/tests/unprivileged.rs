@@ -25,7 +25,7 @@ topic!("unprivileged", once: [
     readme_device_of_ones_own,
     stranger_refused_and_told_of_the_group,
     limits_stay_with_root,
-    churn_gives_nobody_anothers_device,
+    churn_gives_nobody_the_device_of_another,
     devices_of_root_stay_with_root,
 ], roads: [
     member_serves_and_uses,
@@ -322,7 +322,7 @@ fn namespace_of_a_container_serves_and_uses(road: Road) -> Result<()> {
 
 /// A user who creates and removes as fast as may be, so that the names of nodes change hands
 /// between a rule's look at them and what it does, must not get another's device by it.
-fn churn_gives_nobody_anothers_device() -> Result<()> {
+fn churn_gives_nobody_the_device_of_another() -> Result<()> {
     const ROUNDS: usize = 20;
     let udev = Udev::start()?;
     let create_file = Type::Pci.directory().join("create");
