@@ -23,10 +23,11 @@ topic!("poller", once: [], roads: [
 const DEVICES: u32 = 6;
 const BAR0: u32 = 0;
 
-/// Runs a test with that many devices in a poller, which has a thread of its own.
+/// Runs a test with that many devices in a poller, which has a thread of its own. A client goes before
+/// its device, which would wait for it.
 fn with_devices(
     road: Road,
-    test: impl FnOnce(Vec<(Mdev, Client)>, &mpsc::Receiver<Ended>) -> Result<()>,
+    test: impl FnOnce(Vec<(Client, Mdev)>, &mpsc::Receiver<Ended>) -> Result<()>,
 ) -> Result<()> {
     let (poller, stop) = (Poller::new()?, Stop::new()?);
     let (sender, ended) = mpsc::channel();
@@ -36,7 +37,7 @@ fn with_devices(
         let server = Server::new(model()?, transport, |bus| Ok(TestDevice::new(bus)))?;
         poller.add(server)?;
         let client = works("opening the client", Client::open(&mdev, road))?;
-        Ok((mdev, client))
+        Ok((client, mdev))
     });
     let devices = devices.collect::<Result<Vec<_>>>()?;
     process::scope(|scope| {
@@ -57,7 +58,7 @@ fn devices_are_served_by_one_thread(road: Road) -> Result<()> {
     with_devices(road, |devices, _| {
         process::scope(|scope| {
             let mut clients = Vec::new();
-            for (number, (_, client)) in (0u32..).zip(&devices) {
+            for (number, (client, _)) in (0u32..).zip(&devices) {
                 clients.push(scope.spawn(move || -> Result<()> {
                     for round in 0..50 {
                         let value = (number << 16 | round).to_le_bytes();
@@ -78,11 +79,11 @@ fn devices_are_served_by_one_thread(road: Road) -> Result<()> {
 
 fn removed_device_ends_alone(road: Road) -> Result<()> {
     with_devices(road, |mut devices, ended| {
-        let (mdev, client) = devices.pop().context("no device")?;
+        let (client, mdev) = devices.pop().context("no device")?;
         drop(client);
         works("remove", mdev.remove())?;
         equal("end", ended.recv_timeout(time::patience())?, Ended::Removed)?;
-        for (_, client) in &devices {
+        for (client, _) in &devices {
             works("read", client.read_vec(BAR0, SCRATCH, 4))?;
         }
         Ok(())
@@ -91,7 +92,7 @@ fn removed_device_ends_alone(road: Road) -> Result<()> {
 
 fn doorbells_wake_the_poller(road: Road) -> Result<()> {
     with_devices(road, |devices, _| {
-        for (_, client) in &devices {
+        for (client, _) in &devices {
             let rings = || -> Result<Vec<u8>> { Ok(client.read_vec(BAR0, RINGS, 4)?) };
             let before = rings()?;
             works("ring", client.write_all(TABLE, DOORBELL, &[1, 2, 3, 4]))?;
