@@ -31,6 +31,7 @@ pub fn run(arguments: &[String]) -> Result<()> {
         ["state", uuid, size, offset, value] => {
             state(uuid, size.parse()?, offset.parse()?, value.parse()?)
         }
+        ["next", uuid] => next(uuid),
         ["hold", uuid, count] => hold(uuid, count.parse()?),
         ["pin", uuid, iova, pages] => pin(uuid, iova.parse()?, pages.parse()?),
         ["guest", road, uuid, pages, limit] => {
@@ -84,6 +85,23 @@ fn standby(uuid: &str, state_size: u32) -> Result<()> {
     let _server = Server::attach(&borrowed(uuid), &description)?;
     println!("ready");
     wait_for_input_to_end()
+}
+
+/// Waits for requests in `MUSER_NEXT` itself, and answers reads with their offset, whatever signal
+/// comes that a handler restarts the call after: `ready`.
+fn next(uuid: &str) -> Result<()> {
+    sys::catch_signal(libc::SIGTERM, true)?;
+    let server = Server::attach(&borrowed(uuid), &Description::pci())?;
+    println!("ready");
+    loop {
+        let request = server.take_with(0)?;
+        let offset = request.head.offset as u32;
+        if request.head.kind == muser_uapi::MUSER_REQUEST_READ {
+            server.reply_data(request.slot, &offset.to_le_bytes())?;
+        } else {
+            server.reply(request.slot, 0)?;
+        }
+    }
 }
 
 /// Takes `count` requests and answers none: `ready`, then `taken ID FLAGS` each, then waits.

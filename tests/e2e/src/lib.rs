@@ -5,7 +5,8 @@
 //! From the bottom up: [`sys`] has the system calls, [`mdev`] creates and removes devices in
 //! sysfs, [`node`] is a device process on the bare ABI of `/dev/muser/UUID`, [`vfio`] is a VFIO
 //! client on the group and on the cdev, [`rig`] joins both for one test, [`process`] runs either
-//! side in another process that can be killed, and [`check`] says what was expected.
+//! side in another process that can be killed, and [`check`] says what was expected. [`storm`] kills
+//! and accounts.
 
 #![deny(unsafe_code)]
 #![expect(
@@ -14,6 +15,7 @@
 )]
 
 pub mod check;
+pub mod fault;
 pub mod helper;
 pub mod kmsg;
 pub mod mdev;
@@ -22,8 +24,10 @@ pub mod node;
 pub mod operator;
 pub mod pci;
 pub mod process;
+pub mod random;
 pub mod rig;
 pub mod service;
+pub mod storm;
 #[expect(unsafe_code, reason = "the one place for system calls")]
 pub mod sys;
 pub mod time;

@@ -270,7 +270,7 @@ impl Node {
     /// The module's refusal, or the errno of mmap(2).
     pub fn attach(self, description: &Description) -> anyhow::Result<Server> {
         let attach = self.attach_raw(description)?;
-        Ok(Server::new(self, &attach)?)
+        Ok(Server::attached(self, &attach)?)
     }
 
     /// `MUSER_QUERY`, without the arrays.
@@ -416,7 +416,12 @@ impl Server {
         Node::open(mdev)?.attach(description)
     }
 
-    fn new(node: Node, attach: &muser_attach) -> io::Result<Self> {
+    /// Maps the slots of an attachment that [`Node::attach_raw`] made.
+    ///
+    /// # Errors
+    ///
+    /// The errno of mmap(2).
+    pub fn attached(node: Node, attach: &muser_attach) -> io::Result<Self> {
         let stride = attach.slot_stride as usize;
         let len = stride * attach.slots as usize;
         let slots = Mapping::shared(&node, MUSER_MMAP_SLOTS, len.next_multiple_of(sys::PAGE))?;

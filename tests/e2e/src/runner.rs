@@ -12,7 +12,7 @@ use libtest_mimic::{Completion, Failed, Trial};
 use muser_conformance::Case;
 use muser_e2e::mdev::Mdev;
 use muser_e2e::vfio::Road;
-use muser_e2e::{kmsg, module, process, sys, time};
+use muser_e2e::{fault, kmsg, module, process, sys, time};
 
 /// First argument of a run that is one test.
 pub(crate) const INNER: &str = "--inner";
@@ -38,6 +38,8 @@ pub(crate) struct Test {
     /// Whether it pins the client's memory, which [`Road::spoiled_for_dma`] may forbid: the only
     /// skip there is on a kernel that was built for these tests.
     pub(crate) pins: bool,
+    /// Whether it has allocations fail, which the debug kernel alone can do.
+    pub(crate) injects: bool,
 }
 
 impl Test {
@@ -59,8 +61,20 @@ impl Test {
         self
     }
 
+    /// Says that the test has allocations fail.
+    pub(crate) fn injecting(mut self) -> Self {
+        self.injects = true;
+        self
+    }
+
     /// Why the test is not run even though this kernel has all it needs.
     fn excuse(&self) -> Option<String> {
+        if self.injects
+            && !is_debug()
+            && let Some(lacking) = fault::lacking()
+        {
+            return Some(lacking);
+        }
         match self.body {
             Body::On(road, _) | Body::Case(road, _) if self.pins => road.spoiled_for_dma(),
             _ => None,
@@ -113,6 +127,11 @@ pub(crate) fn trial(test: Test) -> Trial {
 /// Whether this is a kernel built for these tests, where nothing may be skipped: xtask says so.
 fn has_everything() -> bool {
     std::env::var("MUSER_KERNEL").is_ok_and(|kernel| kernel == "small" || kernel == "debug")
+}
+
+/// Whether this is the kernel that has all of the kernel's own checks: xtask says so.
+fn is_debug() -> bool {
+    std::env::var("MUSER_KERNEL").is_ok_and(|kernel| kernel == "debug")
 }
 
 fn supervise(test: &Test) -> Result<(), Failed> {

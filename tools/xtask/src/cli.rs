@@ -63,6 +63,21 @@ pub(crate) enum Task {
     /// hour on a new machine with two cores.
     Test(Test),
 
+    /// Kill a device's process under its clients, and account for every operation
+    ///
+    /// Eight client threads add, read, start DMA and wait for interrupts, while
+    /// the device's process is killed at random moments, started again, and now
+    /// and then taken over from. Ends with how long a client waits for a new
+    /// process, and the line `kills N, operations N, lost N, doubled N, stuck N`;
+    /// fails unless the last three are 0.
+    Storm(Storm),
+
+    /// Do to a part of muser whatever its peers could do, right and wrong
+    Fuzz {
+        #[command(subcommand)]
+        part: Fuzz,
+    },
+
     /// Run every lint
     ///
     /// Formatting, clippy for the workspace and for the module, rustdoc,
@@ -91,8 +106,8 @@ pub(crate) enum Task {
 
     /// Run one command in a guest and show what it prints
     ///
-    /// The guest has muser.ko, every program of samples/, tools/ and tests/e2e
-    /// in /bin, busybox and mdevctl. Exits with the command's status.
+    /// The guest has muser.ko, every program of samples/, tools/, tests/e2e and
+    /// tests/fuzz in /bin, busybox and mdevctl. Exits with the command's status.
     Run {
         #[command(flatten)]
         boot: Boot,
@@ -118,6 +133,62 @@ pub(crate) enum Task {
 pub(crate) struct Boot {
     /// The kernel to boot
     #[arg(long, default_value = "stock")]
+    pub(crate) kernel: Kernel,
+}
+
+/// What can be fuzzed.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Fuzz {
+    /// The module: several processes in a guest call all that it has
+    ///
+    /// Device processes, clients and owners, in turns well-behaved and hostile.
+    /// Ends with each operation's count and successes, the module's functions
+    /// that were never entered, and one line of result with the seed. Fails when
+    /// the kernel complains, a process can't be killed, memory comes out that
+    /// nobody wrote, or something is left behind.
+    Kmod {
+        /// How long
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+
+        /// Where the calls come from; printed, and another one each time if not given
+        ///
+        /// The same seed makes the same calls, but the kernel schedules anew.
+        #[arg(long)]
+        seed: Option<u64>,
+
+        /// The kernel to boot; the debug kernel alone tells what was covered
+        #[arg(long, default_value = "debug")]
+        kernel: Kernel,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Storm {
+    /// How often a process of the device is killed
+    #[arg(long, default_value_t = 1000)]
+    pub(crate) kills: u64,
+
+    /// Where the random choices come from; printed, and another one each time if not given
+    ///
+    /// The same seed makes the same choices, but the kernel schedules anew.
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+
+    /// How the clients come to the device: group, cdev or compat
+    ///
+    /// The stock kernel has groups only. Type1 on the debug kernel goes without
+    /// DMA, since a lock inversion of its own would turn lockdep off.
+    #[arg(long, default_value = "group")]
+    pub(crate) road: String,
+
+    /// The device's program, one of the guest's: counter, which is built on
+    /// libmuser, or storm-device, the same on the bare ABI
+    #[arg(long, default_value = "counter")]
+    pub(crate) device: String,
+
+    /// The kernel to boot
+    #[arg(long, default_value = "small")]
     pub(crate) kernel: Kernel,
 }
 

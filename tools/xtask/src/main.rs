@@ -5,7 +5,7 @@
 //! Reading order: what can be asked for (`cli`), what takes long (`step`,
 //! `cache`), where kernels come from (`root`, `archive`, `kernel`), what is built
 //! for them (`module`, `guest`, `cpio`), how they run (`qemu`, `console`), and what
-//! that proves (`suite`, `check`, `libtest`, `report`).
+//! that proves (`suite`, `fuzzing`, `check`, `libtest`, `report`).
 
 mod archive;
 mod cache;
@@ -13,6 +13,7 @@ mod check;
 mod cli;
 mod console;
 mod cpio;
+mod fuzzing;
 mod guest;
 mod kernel;
 mod libtest;
@@ -31,7 +32,7 @@ use std::time::Duration;
 use anyhow::{bail, Result};
 use clap::Parser as _;
 
-use crate::cli::{Cli, Kernel, Task};
+use crate::cli::{Cli, Fuzz, Kernel, Storm, Task};
 use crate::guest::{Guest, Programs};
 use crate::kernel::Tree;
 use crate::workbench::Workbench;
@@ -57,6 +58,22 @@ fn run(cli: Cli) -> Result<ExitCode> {
             let report = suite::run(&bench, &asked);
             report.print();
             Ok(code(report.ok()))
+        }
+        Task::Storm(storm) => in_guest(&bench, storm.kernel, &storm_command(&storm)),
+        Task::Fuzz {
+            part:
+                Fuzz::Kmod {
+                    seconds,
+                    seed,
+                    kernel,
+                },
+        } => {
+            let mut command = vec!["fuzz-kmod".to_owned()];
+            command.extend(["--seconds".to_owned(), seconds.to_string()]);
+            if let Some(seed) = seed {
+                command.extend(["--seed".to_owned(), seed.to_string()]);
+            }
+            in_guest(&bench, kernel, &command)
         }
         Task::Check { fix } => {
             let report = check::run(&bench, fix)?;
@@ -93,6 +110,19 @@ fn run(cli: Cli) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+/// The command of tests/e2e that a storm is.
+fn storm_command(storm: &Storm) -> Vec<String> {
+    let mut command = vec!["storm".to_owned()];
+    let mut option = |name: &str, value: String| command.extend([name.to_owned(), value]);
+    option("--kills", storm.kills.to_string());
+    option("--road", storm.road.clone());
+    option("--device", storm.device.clone());
+    if let Some(seed) = storm.seed {
+        option("--seed", seed.to_string());
+    }
+    command
 }
 
 /// Runs one command in a guest; its status becomes xtask's.

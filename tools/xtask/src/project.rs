@@ -104,6 +104,7 @@ impl Project {
         let path = manifest.strip_prefix(&self.dir).ok()?;
         let wanted = path.starts_with("samples")
             || path.starts_with("tests/e2e")
+            || path.starts_with("tests/fuzz")
             || (path.starts_with("tools") && !path.starts_with("tools/xtask"));
         let programs: Vec<String> = package["targets"]
             .as_array()?

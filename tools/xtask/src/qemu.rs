@@ -228,11 +228,14 @@ fn qemu(bench: &Workbench, guest: &Guest, command: &str, console: &Path) -> Resu
         .arg(&tree.image)
         .arg("-initrd")
         .arg(guest.pack(command)?);
-    // panic=-1 ends the guest at once where the kernel cannot go on.
-    qemu.args([
-        "-append",
-        "console=ttyS0 loglevel=7 panic=-1 oops=panic kasan_multi_shot",
-    ]);
+    // panic=-1 ends the guest at once where the kernel cannot go on. Poison tells memory which the
+    // kernel hands out without having written it.
+    let poison = match tree.kernel {
+        Kernel::Debug => " page_poison=1 slab_debug=P",
+        Kernel::Stock | Kernel::Small => "",
+    };
+    let append = format!("console=ttyS0 loglevel=7 panic=-1 oops=panic kasan_multi_shot{poison}");
+    qemu.args(["-append", &append]);
     qemu.arg("-serial")
         .arg(format!("file:{}", console.display()));
     Ok(qemu)

@@ -13,6 +13,7 @@ pub(crate) struct Report {
     passed: usize,
     failed: Vec<(String, String)>,
     skipped: Vec<(String, String)>,
+    notes: Vec<String>,
     phases: Vec<(String, Duration)>,
 }
 
@@ -32,6 +33,11 @@ impl Report {
         self.skipped.push((name.to_owned(), why.to_owned()));
     }
 
+    /// Notes what is worth telling of a test that passed.
+    pub(crate) fn note(&mut self, note: String) {
+        self.notes.push(note);
+    }
+
     /// Notes how long a part took.
     pub(crate) fn phase(&mut self, name: &str, took: Duration) {
         self.phases.push((name.to_owned(), took));
@@ -42,6 +48,7 @@ impl Report {
         self.passed += other.passed;
         self.failed.extend(other.failed);
         self.skipped.extend(other.skipped);
+        self.notes.extend(other.notes);
         self.phases.extend(other.phases);
     }
 
@@ -102,6 +109,9 @@ impl Report {
             for line in why.lines() {
                 println!("    {line}");
             }
+        }
+        for note in &self.notes {
+            println!("{note}");
         }
         if !self.phases.is_empty() {
             let parts = self

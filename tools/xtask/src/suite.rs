@@ -10,6 +10,7 @@ use anyhow::{bail, Context as _, Result};
 
 use crate::check;
 use crate::cli::{Kernel, Test};
+use crate::fuzzing::{self, Fuzzing};
 use crate::guest::{Guest, Programs};
 use crate::kernel::Tree;
 use crate::libtest::Output;
@@ -112,9 +113,15 @@ fn in_kernel(
     let tree = Tree::prepare(bench, kernel)?;
     let guest = Guest::prepare(bench, tree, programs)?;
     // One test at a time: they load and unload the one module there is.
+    let fuzz = fuzzing::wanted(kernel, filter);
     let filter = filter.map(qemu::quote).unwrap_or_default();
-    let command = format!("exec {SUITE} --test-threads=1 --color=never {filter}");
+    let mut command = format!("{SUITE} --test-threads=1 --color=never {filter}; status=$?\n");
+    if fuzz {
+        command += &fuzzing::command();
+    }
+    command += "\nexit $status";
     let mut output = Output::default();
+    let mut fuzzed = Fuzzing::default();
     println!(
         "Booting {} and running the suite in it.",
         guest.tree.release
@@ -122,6 +129,7 @@ fn in_kernel(
     let outcome = qemu::run(bench, &guest, &command, |line| {
         println!("{kernel}| {line}");
         output.line(line);
+        fuzzed.line(line);
     })?;
     let finished = output.finished();
     let mut report = output.into_report(kernel.name());
@@ -133,6 +141,9 @@ fn in_kernel(
             &format!("{kernel}: {SUITE}"),
             format!("it exited with status {status} and no failed test"),
         );
+    }
+    if fuzz {
+        fuzzed.report(kernel, &mut report);
     }
     let name = format!("{kernel}: kernel log clean");
     match outcome.complaint() {

@@ -175,3 +175,28 @@ pub fn forbid_ioctls() -> io::Result<()> {
         Err(io::Error::last_os_error())
     }
 }
+
+/// Traces another process, stops it wherever it waits, `while_stopped`, and lets it go again.
+///
+/// # Errors
+///
+/// The errno of ptrace(2) or waitpid(2).
+pub fn trace_stop(pid: i32, while_stopped: impl FnOnce()) -> io::Result<()> {
+    let trace = |request: libc::c_uint| {
+        let none = std::ptr::null_mut::<libc::c_void>();
+        // SAFETY: none of the requests used here follows an address.
+        let value = unsafe { libc::ptrace(request, pid, none, none) };
+        if value < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
+    };
+    trace(libc::PTRACE_SEIZE)?;
+    trace(libc::PTRACE_INTERRUPT)?;
+    while_stopped();
+    // A process whose wait only a kill ends stops when that is over.
+    // SAFETY: a null status is allowed.
+    result(unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL) })?;
+    trace(libc::PTRACE_DETACH)
+}

@@ -24,6 +24,7 @@ pub(super) fn tests() -> Vec<Test> {
         lacking: || None,
         patience: 1,
         pins: case.name.starts_with("dma::"),
+        injects: false,
     };
     let roads = |case: &Case| match case.name.starts_with("dma::") {
         true => &Road::DMA[..],

@@ -17,6 +17,7 @@ mod dma_race;
 mod dma_unmap;
 mod dma_window;
 mod doorbell;
+mod faults;
 mod gpio;
 mod info;
 mod interop;
@@ -37,10 +38,12 @@ mod request;
 mod service;
 mod standby;
 mod state;
+mod storm;
 mod sysfs;
 mod unprivileged;
 mod vanish;
 mod vfio_bad;
+mod wait;
 
 pub(crate) use self::conformance::run_case;
 use crate::runner::{Body, Test};
@@ -105,6 +108,7 @@ fn test(name: String, body: Body) -> Test {
         lacking: || None,
         patience: 1,
         pins: false,
+        injects: false,
     }
 }
 
@@ -126,6 +130,7 @@ pub(crate) fn all() -> Vec<Test> {
         barrier::tests,
         reply::tests,
         vanish::tests,
+        wait::tests,
         standby::tests,
         irq::tests,
         irq_bad::tests,
@@ -144,6 +149,8 @@ pub(crate) fn all() -> Vec<Test> {
         dma_library::tests,
         doorbell::tests,
         close::tests,
+        storm::tests,
+        faults::tests,
         interop::tests,
         conformance::tests,
         poller::tests,
