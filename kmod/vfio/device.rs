@@ -157,8 +157,11 @@ impl<T: Operations> Registration<T> {
         })?;
         // SAFETY: The allocation is an `Inner<T>` which nobody else knows of.
         unsafe { (*vdev.cast::<Inner<T>>()).operations = operations.into_foreign() };
-        // SAFETY: As above, and the operations live for ever.
-        unsafe { (*vdev).log_ops = VTable::<T>::LOG_OPS };
+        // A report goes into a bitmap of IOMMUFD's.
+        if cfg!(CONFIG_IOMMUFD_DRIVER) {
+            // SAFETY: As above, and the operations live for ever.
+            unsafe { (*vdev).log_ops = VTable::<T>::LOG_OPS };
+        }
         // SAFETY: Just allocated.
         if let Err(error) = to_result(unsafe { bindings::vfio_register_emulated_iommu_dev(vdev) }) {
             // SAFETY: The only reference; `release` drops the operations.

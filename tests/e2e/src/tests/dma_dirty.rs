@@ -5,10 +5,11 @@ use anyhow::Result;
 use muser_e2e::check::{equal, fails_as, works};
 use muser_e2e::rig::{DmaRig, BASE};
 use muser_e2e::sys::{Mapping, PAGE};
-use muser_e2e::vfio::{Road, DMA_BOTH};
+use muser_e2e::vfio::{logging_lacking, Road, DMA_BOTH};
 use muser_uapi::*;
 
 use super::topic;
+use crate::runner::Test;
 
 topic!("dma_dirty", dma: [
     copies_to_the_client_are_reported_and_copies_from_it_are_not,
@@ -20,6 +21,12 @@ topic!("dma_dirty", dma: [
     nothing_is_reported_when_nothing_is_logged,
     log_ends_with_the_client,
 ]);
+
+/// The tests of this topic, where they can be run.
+pub(super) fn where_it_logs() -> Vec<Test> {
+    let tests = tests().into_iter();
+    tests.map(|test| test.needs(logging_lacking)).collect()
+}
 
 const BOTH: u32 = MUSER_DMA_READ | MUSER_DMA_WRITE;
 const LEN: u64 = 16 * 4096;

@@ -145,7 +145,7 @@ pub(crate) fn all() -> Vec<Test> {
         dma_unmap::tests,
         dma_bad::tests,
         dma_race::tests,
-        dma_dirty::tests,
+        dma_dirty::where_it_logs,
         dma_library::tests,
         doorbell::tests,
         close::tests,

@@ -12,6 +12,14 @@ use vfio_bindings::bindings::vfio::{
 use super::{abi, Client};
 use crate::sys::{self, Mapping, PAGE};
 
+/// Why no device can log on this kernel.
+pub fn logging_lacking() -> Option<String> {
+    // The bitmap that a report goes into; VFIO has only a stub of it then.
+    let symbols = std::fs::read_to_string("/proc/kallsyms").unwrap_or_default();
+    let lacking = !symbols.contains(" iova_bitmap_set");
+    lacking.then(|| "this kernel has no IOMMUFD_DRIVER, so VFIO can't log DMA".to_owned())
+}
+
 /// The pages of a range that were written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirtyPages {
