@@ -176,7 +176,7 @@ impl device::Operations for Device {
         if let Ok(described) = self.described() {
             described.irqs.disable_all();
             // The kernel serves this memory without the process: it can't wait for its reset.
-            self.memory.clear(&described.arrays());
+            self.memory.renew(&described.arrays(), self.pins.inode());
         }
         self.set_client(false);
         // The next client finds the device as if it had been switched on. Without memory for the
@@ -318,14 +318,16 @@ impl Device {
             .checked_mul(PAGE_SIZE as u64)
             .ok_or(EINVAL)?;
         let end = offset.checked_add(len).ok_or(EINVAL)?;
-        let area = region.areas.iter().find(|area| {
+        let found = region.areas.iter().any(|area| {
             let pages = pages(area);
             let may = area.flags & MUSER_AREA_MMAP != 0 || who == Side::Process;
             may && pages.start <= offset && end <= pages.end
         });
-        let area = area.filter(|_| !vma.is_private()).ok_or(EINVAL)?;
-        if area.flags & MUSER_AREA_DOORBELL != 0 {
-            // Only the process gets here. Of what it may do the region says nothing.
+        if !found || vma.is_private() {
+            return Err(EINVAL);
+        }
+        if who == Side::Process {
+            // Of what it may do the region says nothing: it fills what the client only reads.
             return Ok(());
         }
         let flags = region.described.flags;

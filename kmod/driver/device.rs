@@ -17,7 +17,7 @@ use crate::{
         queue::{Id, Queue, Withdrawn},
         request::Request,
         state::State,
-        users::Allowance, //
+        users::{Allowance, Place}, //
     },
     uapi::*,
     vfio::{
@@ -199,6 +199,8 @@ pub(crate) struct Device {
     /// Threads of clients that wait for room for a request.
     #[pin]
     room: WaitQueue,
+    /// It counts for its creator until the last file of it is closed.
+    _place: Place,
     /// Pages of mappable areas.
     pub(crate) memory: Arc<Memory>,
     /// Pages of its client's memory.
@@ -236,7 +238,7 @@ impl Device {
         name: &CStr,
         bus: u32,
         inodes: &Arc<Inodes>,
-        allowance: Arc<Allowance>,
+        (place, allowance): (Place, Arc<Allowance>),
     ) -> Result<Arc<Self>> {
         let mut places = KVVec::with_capacity(MAX_REQUESTS as usize, GFP_KERNEL_ACCOUNT)?;
         for _ in 0..MAX_REQUESTS {
@@ -270,6 +272,7 @@ impl Device {
                 successor <- WaitQueue::new(c"muser_successor", static_lock_class!()),
                 room <- WaitQueue::new(c"muser_room", static_lock_class!()),
                 memory: Memory::new(allowance)?,
+                _place: place,
                 doorbells <- Doorbells::new(),
                 pins,
                 deaf: Atomic::new(0),
@@ -357,23 +360,28 @@ impl Device {
     }
 
     /// Has the process which is attached perform a request, and waits `ms` milliseconds for it at
-    /// most. Returns its result, or `None` if there is none by then.
-    pub(crate) fn perform_within(&self, request: &Arc<Request>, ms: u32) -> Option<Result> {
+    /// most.
+    ///
+    /// # Errors
+    ///
+    /// The process's own, `ENOTCONN` if there is none, `ETIMEDOUT`, `EINTR`, `EBUSY` for want of
+    /// a place.
+    pub(crate) fn perform_within(&self, request: &Arc<Request>, ms: u32) -> Result {
         let id = {
             let mut state = self.state.lock();
             if state.attachment.is_none() {
-                return Some(Err(Errno::ENOTCONN.into()));
+                return Err(Errno::ENOTCONN.into());
             }
-            state.queue(request)?
+            state.queue(request).ok_or(EBUSY)?
         };
         self.takers.wake_one();
-        match request.done().wait(Timeout::from_ms(ms)) {
-            Woken::Ready(()) => Some(request.result()),
-            Woken::TimedOut | Woken::Signal => {
-                self.withdraw(id);
-                None
-            }
-        }
+        let error = match request.done().wait(Timeout::from_ms(ms)) {
+            Woken::Ready(()) => return request.result(),
+            Woken::TimedOut => ETIMEDOUT,
+            Woken::Signal => EINTR,
+        };
+        self.withdraw(id);
+        Err(error)
     }
 
     /// Has a process perform a request which nobody waits for. It counts for no limit: places are left

@@ -126,10 +126,8 @@ impl Device {
         let owner = owner.filter(|owner| self.deaf.load(Relaxed) != *owner);
         if let (Some(owner), Ok(request)) = (owner, Request::unmap(iova, len)) {
             match self.perform_within(&request, ms) {
-                Some(Ok(())) => return,
-                // It refused, or is gone.
-                Some(Err(_)) => {}
-                None => {
+                Ok(()) => return,
+                Err(error) if error == ETIMEDOUT => {
                     self.deaf.store(owner, Relaxed);
                     if self.complaints.is_first(Complaint::Unmap) {
                         pr_warn!(
@@ -138,6 +136,8 @@ impl Device {
                         );
                     }
                 }
+                // It refused, or is gone; or the client is.
+                Err(_) => {}
             }
         }
         self.counters.unmaps_forced.add(1);

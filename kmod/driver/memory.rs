@@ -9,6 +9,7 @@ use crate::{
     },
     uapi::*,
     vfio::{
+        inode::Inode,
         page::{Charge, SharedPage, PAGE_SIZE},
         vm::Pager, //
     },
@@ -103,20 +104,37 @@ impl Memory {
         })
     }
 
-    /// Makes zeroes of all pages that areas of `arrays` have: what one client left there is not for
-    /// the next.
-    pub(crate) fn clear(&self, arrays: &Arrays<'_>) {
+    /// Gives up all pages that areas of `arrays` have: what one client left there is not for the next,
+    /// which gets new ones. To make zeroes of them would not do, for the client may still hold them
+    /// for some input or output. `node` is what the process's mappings belong to.
+    ///
+    /// No client has the device open.
+    pub(crate) fn renew(&self, arrays: &Arrays<'_>, node: &Inode) {
         for region in arrays.each_region() {
             let start = u64::from(region.described.index) << MUSER_MMAP_REGION_SHIFT;
             for area in region.areas {
                 let pages = pages(area);
                 let first = (start + pages.start) as usize / PAGE_SIZE;
                 let end = (start + pages.end) as usize / PAGE_SIZE;
-                for page in (first..end).filter_map(|index| self.lookup(index)) {
-                    page.clear();
+                for index in first..end {
+                    let Some(page) = self.pages.lock().remove(index) else {
+                        continue;
+                    };
+                    self.allocated.fetch_sub(1, Relaxed);
+                    // Who has found the page by then shows it now, or never.
+                    drop(page.lock());
                 }
+                node.zap(
+                    MUSER_MMAP_REGIONS + start + pages.start,
+                    pages.end - pages.start,
+                );
             }
         }
+    }
+
+    /// Whether a page is the one at an index of the tree.
+    fn has(&self, index: usize, page: &SharedPage) -> bool {
+        self.lookup(index).is_some_and(|present| present.is(page))
     }
 
     /// Calls `copy` with each page of a range: the page, where to start in it, the bytes already
@@ -149,29 +167,52 @@ impl Pager for ClientPager {
     fn page(memory: &Memory, offset: usize) -> Result<SharedPage> {
         memory.page(offset)
     }
+
+    fn is_current(memory: &Memory, offset: usize, page: &SharedPage) -> bool {
+        memory.has(offset, page)
+    }
 }
 
 /// Fills a process's mapping: the node has the regions behind [`MUSER_MMAP_REGIONS`].
 pub(crate) struct ProcessPager;
 
+impl ProcessPager {
+    fn index(offset: usize) -> Option<usize> {
+        offset.checked_sub(MUSER_MMAP_REGIONS as usize / PAGE_SIZE)
+    }
+}
+
 impl Pager for ProcessPager {
     type Data = Memory;
 
     fn page(memory: &Memory, offset: usize) -> Result<SharedPage> {
-        let first = MUSER_MMAP_REGIONS as usize / PAGE_SIZE;
-        memory.page(offset.checked_sub(first).ok_or(EINVAL)?)
+        memory.page(Self::index(offset).ok_or(EINVAL)?)
+    }
+
+    fn is_current(memory: &Memory, offset: usize, page: &SharedPage) -> bool {
+        Self::index(offset).is_some_and(|index| memory.has(index, page))
     }
 }
 
 /// Fills a process's mapping of the state, which the node has behind [`MUSER_MMAP_STATE`].
 pub(crate) struct StatePager;
 
+impl StatePager {
+    fn index(offset: usize) -> Option<usize> {
+        let offset = offset.checked_sub(MUSER_MMAP_STATE as usize / PAGE_SIZE)?;
+        Some(STATE + offset)
+    }
+}
+
 impl Pager for StatePager {
     type Data = Memory;
 
     fn page(memory: &Memory, offset: usize) -> Result<SharedPage> {
-        let first = MUSER_MMAP_STATE as usize / PAGE_SIZE;
-        memory.page(STATE + offset.checked_sub(first).ok_or(EINVAL)?)
+        memory.page(Self::index(offset).ok_or(EINVAL)?)
+    }
+
+    fn is_current(memory: &Memory, offset: usize, page: &SharedPage) -> bool {
+        Self::index(offset).is_some_and(|index| memory.has(index, page))
     }
 }
 

@@ -37,7 +37,7 @@ use kernel::{
     sync::Arc, //
 };
 use node::NodeFile;
-use users::{Place, Users};
+use users::Users;
 
 /// Devices of each type that there may be.
 const MAX_DEVICES: u32 = 1024;
@@ -106,7 +106,6 @@ pub(crate) struct Mdev {
     device: HangUp,
     _node: Node<NodeFile>,
     owner: Owner,
-    _place: Place,
 }
 
 /// Tells processes that their device is gone.
@@ -125,13 +124,9 @@ impl mdev::Driver for Mdev {
 
     fn probe(parent: &mdev::Device, context: &Context) -> Result<Pin<KBox<Self>>> {
         let owner = Owner::current();
-        let (place, allowance) = context.users.admit(owner.uid())?;
-        let device = HangUp(Device::new(
-            parent.name(),
-            context.bus,
-            &context.inodes,
-            allowance,
-        )?);
+        let admission = context.users.admit(owner.uid())?;
+        let (name, inodes) = (parent.name(), &context.inodes);
+        let device = HangUp(Device::new(name, context.bus, inodes, admission)?);
         let node = Node::new(&context.numbers, parent, owner, device.0.clone())?;
         let vfio = Registration::new(parent, device.0.clone())?;
         let mdev = Self {
@@ -139,7 +134,6 @@ impl mdev::Driver for Mdev {
             device,
             _node: node,
             owner,
-            _place: place,
         };
         Ok(KBox::new(mdev, GFP_KERNEL_ACCOUNT)?.into())
     }

@@ -435,10 +435,8 @@ impl<T: Operations> VTable<T> {
         let operations = unsafe { Self::operations(vdev) };
         // Rather too much than too little: what stays pinned can't be unmapped.
         let pages = Pages::of(iova, len).unwrap_or(Pages::ALL);
-        if operations.pins().any(pages) {
-            operations.dma_unmap(iova, len);
-            operations.pins().drop_unmapped(pages);
-        }
+        let announce = || operations.dma_unmap(iova, len);
+        operations.pins().drop_unmapped(pages, announce);
     }
 }
 
@@ -488,6 +486,10 @@ impl<T: Operations> VTable<T> {
         let operations = unsafe { Self::operations(vdev) };
         // SAFETY: The bitmap is the core's, for this call.
         let report = unsafe { Report::new(dirty) };
+        // The bitmap begins at the IOVA: what lies before it in its page could not be reported.
+        if iova % PAGE_SIZE != 0 {
+            return EINVAL.to_errno();
+        }
         let reported = Pages::of(iova as u64, length as u64)
             .and_then(|pages| operations.pins().report_log(pages, &report));
         errno(reported)

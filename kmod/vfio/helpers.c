@@ -55,6 +55,16 @@ void muser_put_page(struct page *page)
 	put_page(page);
 }
 
+void muser_lock_page(struct page *page)
+{
+	lock_page(page);
+}
+
+void muser_unlock_page(struct page *page)
+{
+	unlock_page(page);
+}
+
 void *muser_page_address(struct page *page)
 {
 	return page_address(page);
@@ -171,11 +181,6 @@ bool muser_fault_is_write(const struct vm_fault *vmf)
 	return vmf->flags & FAULT_FLAG_WRITE;
 }
 
-u64 muser_fault_frame(const struct vm_fault *vmf)
-{
-	return pte_pfn(vmf->orig_pte);
-}
-
 static int muser_init_fs_context(struct fs_context *fc)
 {
 	return init_pseudo(fc, MUSER_FS_MAGIC) ? 0 : -ENOMEM;
@@ -214,6 +219,12 @@ void muser_zap(struct inode *inode, u64 offset, u64 len)
 void muser_copy(void *to, const void *from, size_t len)
 {
 	memcpy(to, from, len);
+}
+
+/* copy_from_user() makes zeroes of what it misses, which here is somebody's memory. */
+size_t muser_copy_in(void *to, const void __user *from, size_t len)
+{
+	return access_ok(from, len) ? __copy_from_user(to, from, len) : len;
 }
 
 void muser_clear(void *memory, size_t len)

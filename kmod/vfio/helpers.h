@@ -40,6 +40,8 @@ void muser_memcg_put(struct mem_cgroup *memcg);
 struct page *muser_alloc_page(struct mem_cgroup *memcg);
 void muser_get_page(struct page *page);
 void muser_put_page(struct page *page);
+void muser_lock_page(struct page *page);
+void muser_unlock_page(struct page *page);
 void *muser_page_address(struct page *page);
 
 /* memory shared with a process */
@@ -60,7 +62,6 @@ void muser_make_window(struct vm_area_struct *vma);
 vm_fault_t muser_show_frame(struct vm_fault *vmf, u64 frame, bool writable);
 bool muser_fault_is_remote(const struct vm_fault *vmf);
 bool muser_fault_is_write(const struct vm_fault *vmf);
-u64 muser_fault_frame(const struct vm_fault *vmf);
 
 /* inodes without a name */
 struct vfsmount *muser_mount(void);
@@ -70,6 +71,7 @@ void muser_zap(struct inode *inode, u64 offset, u64 len);
 
 /* plain copies of memory which others change meanwhile: C allows what Rust does not */
 void muser_copy(void *to, const void *from, size_t len);
+size_t muser_copy_in(void *to, const void __user *from, size_t len);
 void muser_clear(void *memory, size_t len);
 
 /* waiting */

@@ -115,15 +115,27 @@ impl SharedPage {
             self.store(offset, len, u64::from_ne_bytes(value));
             return Ok(());
         }
-        // SAFETY: The part of the page was checked above.
+        // SAFETY: The part of the page was checked above. What is missed stays as it was.
         let missed = unsafe {
-            bindings::copy_from_user(self.address(offset).cast(), from.as_const_ptr(), len)
+            bindings::muser_copy_in(self.address(offset).cast(), from.as_const_ptr(), len)
         };
         if missed == 0 {
             Ok(())
         } else {
             Err(EFAULT)
         }
+    }
+
+    /// Whether two references are to one page.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        self.0 == other.0
+    }
+
+    /// Waits until nobody is about to show it in a mapping, and keeps others from doing so.
+    pub(crate) fn lock(&self) -> Locked<'_> {
+        // SAFETY: The page is alive.
+        unsafe { bindings::muser_lock_page(self.0.as_ptr()) };
+        Locked(self)
     }
 
     /// The number of its page frame.
@@ -133,7 +145,7 @@ impl SharedPage {
     }
 
     /// Makes zeroes of it.
-    pub(crate) fn clear(&self) {
+    pub(super) fn clear(&self) {
         // SAFETY: The page is alive, and a page long. Who has it mapped may look on.
         unsafe { bindings::muser_clear(self.address(0).cast(), PAGE_SIZE) };
     }
@@ -172,6 +184,23 @@ impl SharedPage {
     /// Hands the reference to C, which gives it back with `put_page`.
     pub(super) fn into_raw(self) -> *mut bindings::page {
         core::mem::ManuallyDrop::new(self).0.as_ptr()
+    }
+}
+
+/// A page that nobody else begins to show.
+pub(crate) struct Locked<'a>(&'a SharedPage);
+
+impl Locked<'_> {
+    /// Leaves the lock to somebody else.
+    pub(super) fn leave_locked(self) {
+        core::mem::forget(self);
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        // SAFETY: `SharedPage::lock` locked it.
+        unsafe { bindings::muser_unlock_page(self.0 .0.as_ptr()) };
     }
 }
 

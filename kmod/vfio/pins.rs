@@ -20,7 +20,8 @@
 //! Once a range is dropped it must not be pinned anew before the client's unmap is over: type1 asks
 //! its devices ten times to unpin, and then takes the whole kernel down. VFIO does not say when an
 //! unmap is over, but it is when the task that called it leaves the kernel. Until then the range is
-//! held ([`Pins::drop_unmapped`]), and who wants to pin in it is told that it is not mapped.
+//! held ([`Pins::drop_unmapped`]), and who wants to pin in it is told that it is not mapped. A device
+//! that has nothing pinned there holds it as well: type1 counts for all devices of a container.
 //!
 //! C header: `include/linux/vfio.h`.
 
@@ -54,8 +55,9 @@ pub(super) use dirty::Report;
 
 /// Pages that are pinned or unpinned before others get the lock.
 const BATCH: usize = 32;
-/// Milliseconds for which nothing is pinned if there is no memory to hold a range by itself.
-const HOLD_ALL_MS: u32 = 1_000;
+/// Milliseconds for which nothing is pinned if there is no memory to hold a range by itself: longer
+/// than other devices of the container may take for the same unmap.
+const HOLD_ALL_MS: u32 = 30_000;
 
 /// What may be done to a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,9 +130,10 @@ struct Client {
     vdev: Option<NonNull<bindings::vfio_device>>,
     /// Pages pinned.
     pinned: u64,
-    /// Ranges whose unmap is not over, each with the number of its [`Hold`].
-    holds: KVec<(u64, Pages)>,
-    next_hold: u64,
+    /// Ranges whose unmap is not over, each with the task that unmaps it.
+    holds: KVec<(Unmapper, Pages)>,
+    /// Tasks which have a [`Departure`].
+    departing: KVec<Unmapper>,
     /// Until when everything is held.
     all_held: Option<Moment>,
 }
@@ -190,7 +193,7 @@ impl Pins {
             vdev: None,
             pinned: 0,
             holds: KVec::new(),
-            next_hold: 0,
+            departing: KVec::new(),
             all_held: None,
         };
         Arc::pin_init(
@@ -225,7 +228,7 @@ impl Pins {
     }
 
     /// Whether any page of a range is pinned.
-    pub(crate) fn any(&self, pages: Pages) -> bool {
+    fn any(&self, pages: Pages) -> bool {
         // What VFIO has pinned already is in the tree only when the lock is free.
         let _client = self.client.read();
         self.tree.first(pages.first, pages.last).is_some()
@@ -362,24 +365,37 @@ impl Pins {
     }
 
     /// Unpins what is pinned of a range which the client is unmapping, and lets nobody pin in it
-    /// until the current task leaves the kernel.
-    pub(crate) fn drop_unmapped(self: &Arc<Self>, pages: Pages) {
+    /// until the current task leaves the kernel. `announce` is called before, if anything is pinned.
+    pub(super) fn drop_unmapped(self: &Arc<Self>, pages: Pages, announce: impl FnOnce()) {
+        // First what may fail, so that it does when there is still time.
+        let departing = self.depart();
+        if self.any(pages) {
+            announce();
+        }
         let mut client = self.client.write();
-        let id = client.next_hold;
-        client.next_hold += 1;
-        if client.holds.push((id, pages), GFP_KERNEL_ACCOUNT).is_err() {
+        let held =
+            departing.and_then(|task| Ok(client.holds.push((task, pages), GFP_KERNEL_ACCOUNT)?));
+        if held.is_err() {
             client.all_held = Some(Moment::now());
         }
         self.drop_pages(&mut client, pages);
-        drop(client);
-        let hold = Hold {
-            pins: self.clone(),
-            id,
-        };
-        if drop_at_departure(hold).is_err() {
-            // The hold is gone already.
-            self.client.write().all_held = Some(Moment::now());
+    }
+
+    /// Sees to it that what the current task holds is let go of when it leaves the kernel.
+    fn depart(self: &Arc<Self>) -> Result<Unmapper> {
+        let task = Unmapper::current();
+        {
+            let mut client = self.client.write();
+            if client.departing.contains(&task) {
+                return Ok(task);
+            }
+            client.departing.push(task, GFP_KERNEL_ACCOUNT)?;
         }
+        drop_at_departure(Departure {
+            pins: self.clone(),
+            task,
+        })?;
+        Ok(task)
     }
 
     fn drop_pages(&self, client: &mut Client, pages: Pages) -> u64 {
@@ -403,11 +419,13 @@ impl Pins {
             };
             {
                 let _shown = self.shown.write();
-                self.bump_generation();
                 for (&index, dirty) in batch.iter().zip(&mut dirty) {
                     *dirty = self.tree.is_marked(index);
                     self.tree.erase(index);
                 }
+                // Who sees the new generation finds the pages gone, and who still finds one has the
+                // old generation; who has used a window looks again afterwards, so it comes first.
+                self.bump_generation();
                 self.zap(first, last);
             }
             for (&index, _) in batch.iter().zip(dirty).filter(|(_, dirty)| *dirty) {
@@ -474,19 +492,27 @@ impl Batch<'_> {
     }
 }
 
-/// Keeps a range from being pinned, until it is dropped.
-struct Hold {
-    pins: Arc<Pins>,
-    id: u64,
+/// A task in a system call that unmaps. The address is not used again before the task has left it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Unmapper(usize);
+
+impl Unmapper {
+    fn current() -> Self {
+        Self(kernel::current!().as_ptr() as usize)
+    }
 }
 
-impl Drop for Hold {
+/// Lets go of what a task holds when it is dropped.
+struct Departure {
+    pins: Arc<Pins>,
+    task: Unmapper,
+}
+
+impl Drop for Departure {
     fn drop(&mut self) {
-        self.pins
-            .client
-            .write()
-            .holds
-            .retain(|(id, _)| *id != self.id);
+        let mut client = self.pins.client.write();
+        client.departing.retain(|task| *task != self.task);
+        client.holds.retain(|(task, _)| *task != self.task);
     }
 }
 

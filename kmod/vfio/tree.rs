@@ -16,6 +16,8 @@ use kernel::{
 
 /// A mark, of those that each entry can have.
 const MARK: bindings::xa_mark_t = 0; // XA_MARK_0
+/// Has the memory cgroup of who stores pay for the tree: `XA_FLAGS_ACCOUNT`.
+const ACCOUNT: bindings::gfp_t = 32;
 /// Finds any entry: `XA_PRESENT`.
 const PRESENT: bindings::xa_mark_t = 8;
 
@@ -36,7 +38,9 @@ impl Tree {
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             // SAFETY: `slot` is valid for writes.
-            tree <- Opaque::ffi_init(|slot| unsafe { bindings::xa_init_flags(slot, 0) }),
+            tree <- Opaque::ffi_init(|slot| unsafe {
+                bindings::xa_init_flags(slot, ACCOUNT)
+            }),
         })
     }
 

@@ -25,6 +25,10 @@ pub(crate) trait Pager {
 
     /// Gives the page for an offset in the file, in pages; an error is a SIGBUS.
     fn page(data: &Self::Data, offset: usize) -> Result<SharedPage>;
+
+    /// Whether `page` is still the page for an offset. Whoever changes that locks the page it takes
+    /// away before it takes the mappings away: so a page is not shown any more when it has gone.
+    fn is_current(data: &Self::Data, offset: usize, page: &SharedPage) -> bool;
 }
 
 impl NewVma<'_> {
@@ -127,15 +131,19 @@ impl<P: Pager> VTable<P> {
         let data = unsafe { <Arc<P::Data>>::borrow((*vma).vm_private_data) };
         // SAFETY: The fault is valid for the call.
         let offset = unsafe { bindings::muser_fault_pgoff(vmf) };
-        match P::page(&data, offset) {
-            Ok(page) => {
-                // SAFETY: The memory management takes over the reference.
-                unsafe { (*vmf).page = page.into_raw() };
-                0
-            }
+        loop {
             // Also without memory: out-of-memory handling would look for it in the cgroup of who
             // touches the page, and it is another's that is full.
-            Err(_) => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
+            let Ok(page) = P::page(&data, offset) else {
+                return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+            };
+            let locked = page.lock();
+            if P::is_current(&data, offset, &page) {
+                locked.leave_locked();
+                // SAFETY: The memory management takes over the reference and the lock.
+                unsafe { (*vmf).page = page.into_raw() };
+                return bindings::vm_fault_reason_VM_FAULT_LOCKED;
+            }
         }
     }
 }

@@ -16,6 +16,8 @@ use kernel::{
 
 /// Pages for which one number of `Log::gone` stands, a bit each.
 const WORD: usize = 32;
+/// Numbers that it may have. A client that makes more of them is told that all was written to.
+const MAX_WORDS: u64 = 65_536;
 
 /// What is kept besides the marks in the tree of pins. It changes under `client` only.
 #[pin_data]
@@ -24,6 +26,7 @@ pub(super) struct Log {
     /// Written pages that are not pinned any more.
     #[pin]
     gone: Tree,
+    words: Atomic<u64>,
     /// One of them could not be kept: all that is asked for is reported.
     lost: Atomic<bool>,
 }
@@ -33,6 +36,7 @@ impl Log {
         pin_init!(Self {
             on: Atomic::new(false),
             gone <- Tree::new(),
+            words: Atomic::new(0),
             lost: Atomic::new(false),
         })
     }
@@ -49,10 +53,14 @@ impl Log {
         if !self.on.load(Relaxed) {
             return;
         }
-        let bits = self.gone.load(page / WORD).unwrap_or(0) | 1 << (page % WORD);
-        if self.gone.store(page / WORD, bits).is_err() {
+        let before = self.gone.load(page / WORD);
+        let words = self.words.load(Relaxed) + u64::from(before.is_none());
+        let bits = before.unwrap_or(0) | 1 << (page % WORD);
+        if words > MAX_WORDS || self.gone.store(page / WORD, bits).is_err() {
             self.lost.store(true, Relaxed);
+            return;
         }
+        self.words.store(words, Relaxed);
     }
 
     pub(super) fn stop(&self) {
@@ -61,6 +69,7 @@ impl Log {
         while let Some((index, _)) = self.gone.first(0, usize::MAX) {
             self.gone.erase(index);
         }
+        self.words.store(0, Relaxed);
     }
 
     /// Takes the records of pages of a word that lie in a range.
@@ -71,7 +80,10 @@ impl Log {
         });
         let mask = inside.fold(0, |mask, bit| mask | 1 << bit);
         match bits & !mask {
-            0 => self.gone.erase(word),
+            0 => {
+                self.gone.erase(word);
+                self.words.fetch_sub(1, Relaxed);
+            }
             // An entry is there, so nothing has to be allocated.
             rest => drop(self.gone.store(word, rest)),
         }

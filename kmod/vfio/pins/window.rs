@@ -74,22 +74,6 @@ impl Pins {
         // takes it away zaps the window before.
         unsafe { bindings::muser_show_frame(vmf, frame, write) }
     }
-
-    /// A page that is shown for reading is to become writable: `frame`, if it is still there.
-    fn make_writable(&self, index: usize, frame: u64) -> bindings::vm_fault_t {
-        let _shown = self.shown.read();
-        let pin = self.tree.load(index).map(Pin::from_number);
-        if pin.is_some_and(|pin| pin.writable && pin.frame == frame) {
-            self.log.record(&self.tree, index);
-            return 0;
-        }
-        if frame == self.discard.frame() {
-            return 0;
-        }
-        // The next touch is a fault for writing, which finds what there is to write to.
-        self.zap(index, index);
-        bindings::vm_fault_reason_VM_FAULT_NOPAGE
-    }
 }
 
 const OPERATIONS: &bindings::vm_operations_struct = &bindings::vm_operations_struct {
@@ -152,6 +136,8 @@ unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t
 unsafe extern "C" fn pfn_mkwrite(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
     // SAFETY: Only windows have these operations.
     let (pins, index) = unsafe { pins(vmf) };
-    // SAFETY: The core passes a valid fault.
-    pins.make_writable(index, unsafe { bindings::muser_fault_frame(vmf) })
+    // What is shown for reading goes. The next touch is a fault for writing, which finds what there
+    // is to write to; to make this very entry writable would be to trust what was found before.
+    pins.zap(index, index);
+    bindings::vm_fault_reason_VM_FAULT_NOPAGE
 }
