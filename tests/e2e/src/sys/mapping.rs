@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Memory that somebody else sees as well, or that ends where an argument does not.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::ptr::NonNull;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -51,6 +52,31 @@ impl Mapping {
         let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::other("mapped at 0"))?;
         // INVARIANT: mmap succeeded with this length.
         Ok(Self { start, len })
+    }
+
+    /// Puts `len` bytes, at most those of a page, into a pipe without a copy: what comes out is what
+    /// the page has by then. Returns the end to read from.
+    ///
+    /// # Errors
+    ///
+    /// The errno of pipe(2) or vmsplice(2).
+    pub fn splice(&self, offset: usize, len: usize) -> io::Result<File> {
+        assert!(offset + len <= self.len);
+        let mut ends = [-1; 2];
+        // SAFETY: there is room for both ends.
+        result(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) })?;
+        // SAFETY: the pipe was just made, and nobody else has its ends.
+        let [reader, writer] = ends.map(|end| unsafe { File::from_raw_fd(end) });
+        let part = libc::iovec {
+            iov_base: self.start.as_ptr().wrapping_add(offset).cast(),
+            iov_len: len,
+        };
+        // SAFETY: the bytes are mapped, and only read.
+        let moved = unsafe { libc::vmsplice(writer.as_raw_fd(), &raw const part, 1, 0) };
+        if usize::try_from(moved).is_ok_and(|moved| moved == len) {
+            return Ok(reader);
+        }
+        Err(io::Error::last_os_error())
     }
 
     /// Maps for reading and writing, shared.

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Result};
 use muser_e2e::check::{equal, fails, works};
-use muser_e2e::rig::{DmaRig, BASE};
+use muser_e2e::node::Description;
+use muser_e2e::rig::{Bare, DmaRig, BASE};
 use muser_e2e::sys::{Mapping, Segment, PAGE};
-use muser_e2e::vfio::{Road, DMA_BOTH};
+use muser_e2e::vfio::{Client, Road, DMA_BOTH};
 use muser_e2e::{process, time};
 use muser_uapi::*;
 
@@ -21,6 +22,7 @@ const PAGES: usize = 4;
 topic!("dma_race", dma: [
     acquires_race_with_unmaps,
     silent_process_acquires_while_the_client_unmaps,
+    devices_of_a_container_do_not_keep_an_unmap_going,
     acquires_race_with_closes,
     copies_race_with_unmaps,
     window_races_with_unmaps,
@@ -35,6 +37,51 @@ fn length() -> Duration {
 const POISON: u64 = 0xDEAD_DEAD_DEAD_DEAD;
 /// What the process writes to memory of round 0. A round's words are `ROUND + round`.
 const ROUND: u64 = 0xA000_0000_0000_0000;
+
+/// type1 counts how often it asks for one unmap, for all devices of its container together, and takes
+/// the kernel down at the eleventh time: when one device lets go, no other may take hold.
+fn devices_of_a_container_do_not_keep_an_unmap_going(road: Road) -> Result<()> {
+    if road == Road::Cdev {
+        return Ok(()); // It has no container: IOMMUFD itself lets nobody pin what is being unmapped.
+    }
+    const DEVICES: usize = 13;
+    let description = Description::pci();
+    let devices = (0..DEVICES)
+        .map(|_| Bare::with(&description))
+        .collect::<Result<Vec<_>>>()?;
+    let first = devices[0].client(road)?;
+    let others = devices[1..]
+        .iter()
+        .map(|device| Client::open_beside(&device.mdev, &first))
+        .collect::<std::io::Result<Vec<_>>>();
+    let others = works("the other devices", others)?;
+    let memory = Mapping::anonymous(PAGE)?;
+    works("map", first.dma_map(&memory, BASE, DMA_BOTH))?;
+    let acquired = devices[0].server.node().dma_acquire(BASE, 4096, BOTH);
+    works("acquire", acquired)?;
+    process::scope(|scope| -> Result<()> {
+        // Each that is asked to let go has the next one take hold before it answers.
+        for (at, device) in devices.iter().enumerate() {
+            let next = &devices[(at + 1) % DEVICES];
+            scope.spawn(move || {
+                while let Ok((request, _)) = device.server.take_unmap() {
+                    let _ = next.server.node().dma_acquire(BASE, 4096, BOTH);
+                    if device.server.reply(request.slot, 0).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        works("unmap", first.dma_unmap(BASE, 4096))?;
+        for device in &devices {
+            equal("pinned", device.server.node().pinned()?, 0)?;
+            device.server.node().detach()?;
+        }
+        Ok(())
+    })?;
+    drop(others);
+    Ok(())
+}
 
 /// An error of a range that is just not mapped.
 fn unless_unmapped(what: &str, result: std::io::Result<()>) -> Result<bool> {
@@ -319,7 +366,11 @@ fn copies_race_with_unmaps(road: Road) -> Result<()> {
     };
     race(&[(&read, 2), (&write, 2)], |end| {
         while Instant::now() < end {
-            rounds.play(|| Ok(()))?;
+            // Now and then the memory stays until a copy has found it.
+            let found = good.load(Ordering::Relaxed);
+            let stay = rounds.now() % 4 == 0;
+            let is_found = || !stay || good.load(Ordering::Relaxed) > found;
+            rounds.play(|| time::until("a copy that finds memory", is_found))?;
         }
         ensure!(rounds.now() > 20, "{} rounds were no race", rounds.now());
         Ok(())

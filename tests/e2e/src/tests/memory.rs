@@ -26,6 +26,7 @@ topic!("memory", once: [
     served_with_no_process_attached,
     survives_the_process,
     zeroed_for_the_next_client,
+    held_by_a_former_client_is_not_the_next_ones,
     untouched_pages_are_not_allocated,
     trapped_region_cannot_be_mapped,
     mapping_beyond_an_area_refused,
@@ -161,6 +162,40 @@ fn zeroed_for_the_next_client(road: Road) -> Result<()> {
         client.read_vec(MEMORY, 0, 16)?,
         vec![0; 16],
     )?;
+    drop(client);
+    drop(service);
+    drop(server);
+    Ok(())
+}
+
+/// A client can keep a page that it had mapped, here in a pipe. The next client and the process have
+/// another one, and the same.
+fn held_by_a_former_client_is_not_the_next_ones(road: Road) -> Result<()> {
+    const FORMER: u64 = 0x1111_1111_1111_1111;
+    const NEXT: u64 = 0x2222_2222_2222_2222;
+    let Rig {
+        client,
+        service,
+        server,
+        mdev,
+    } = Rig::new(road)?;
+    let process = server.node().map(MEMORY, 0, 4096)?;
+    let mapped = works("mapping", client.map(MEMORY, 0, 4096))?;
+    mapped.write(0, FORMER);
+    equal("the process sees", process.read::<u64>(0), FORMER)?;
+    let mut pipe = works("vmsplice", mapped.splice(0, 8))?;
+    drop(mapped);
+    drop(client);
+    service.record().wait(1)?;
+    let client = works("the next client", Client::open(&mdev, road))?;
+    let mapped = works("its mapping", client.map(MEMORY, 0, 4096))?;
+    equal("the next client sees", mapped.read::<u64>(0), 0)?;
+    mapped.write(0, NEXT);
+    equal("the process sees now", process.read::<u64>(0), NEXT)?;
+    let mut held = [0; 8];
+    std::io::Read::read_exact(&mut pipe, &mut held)?;
+    equal("what was held", u64::from_ne_bytes(held), FORMER)?;
+    drop(mapped);
     drop(client);
     drop(service);
     drop(server);

@@ -22,6 +22,7 @@ topic!("quota", once: [
     max_vectors_counts_all_indexes,
     user_limits_have_defaults_and_are_beside_one_parent,
     devices_beyond_the_users_limit_refused,
+    removed_device_counts_while_its_node_is_open,
     users_do_not_count_for_each_other,
     memory_beyond_the_users_limit_refused,
     memory_of_a_user_comes_back_with_the_device,
@@ -214,6 +215,24 @@ fn devices_beyond_the_users_limit_refused() -> Result<()> {
     works("remove", first.remove())?;
     let _third = works("the third now", create_as(USER, Type::Platform)?)?;
     fails("the fourth", create_as(USER, Type::Pci)?, libc::EDQUOT)
+}
+
+fn removed_device_counts_while_its_node_is_open() -> Result<()> {
+    let _limit = Limit::set("max_user_devices", 1)?;
+    let first = works("the first", create_as(USER, Type::Pci)?)?;
+    let node = works("its node", Node::open(&first))?;
+    works("remove", first.remove())?;
+    fails("the second", create_as(USER, Type::Pci)?, libc::EDQUOT)?;
+    drop(node);
+    // The last reference goes shortly after the last file is closed.
+    let mut second = create_as(USER, Type::Pci)?;
+    for _ in 0..1000 {
+        if second.is_ok() {
+            break;
+        }
+        second = create_as(USER, Type::Pci)?;
+    }
+    works("the second now", second).map(drop)
 }
 
 fn users_do_not_count_for_each_other() -> Result<()> {

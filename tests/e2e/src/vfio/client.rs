@@ -66,6 +66,19 @@ impl Client {
         Ok(Self { files, space })
     }
 
+    /// Opens a device in the container of another client's, which is of type1 or stands for one.
+    ///
+    /// # Errors
+    ///
+    /// The errno of the call that failed; `Unsupported` where the other has no container.
+    pub fn open_beside(mdev: &Mdev, other: &Self) -> io::Result<Self> {
+        let AddressSpace::Container(container) = &other.space else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let (files, space) = super::road::group(mdev, container.try_clone()?, false)?;
+        Ok(Self { files, space })
+    }
+
     /// The device's file.
     pub fn file(&self) -> &File {
         &self.files[0]

@@ -79,8 +79,8 @@ impl Road {
     /// must outlive it.
     pub(super) fn open(self, mdev: &Mdev) -> io::Result<(Vec<File>, AddressSpace)> {
         match self {
-            Self::Group => group(mdev, open_rw("/dev/vfio/vfio")?),
-            Self::Compat => group(mdev, open_rw("/dev/iommu")?),
+            Self::Group => group(mdev, open_rw("/dev/vfio/vfio")?, true),
+            Self::Compat => group(mdev, open_rw("/dev/iommu")?, true),
             Self::Cdev => {
                 let iommu = open_rw("/dev/iommu")?;
                 let device = open_rw(mdev.cdev_node()?)?;
@@ -106,12 +106,19 @@ pub fn open_rw(path: impl AsRef<Path>) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(path)
 }
 
-fn group(mdev: &Mdev, container: File) -> io::Result<(Vec<File>, AddressSpace)> {
+/// Opens a device by its group, in a container which gets its type now if it is `new`.
+pub(super) fn group(
+    mdev: &Mdev,
+    container: File,
+    new: bool,
+) -> io::Result<(Vec<File>, AddressSpace)> {
     let group = open_rw(mdev.group_node()?)?;
     let mut fd = std::os::fd::AsRawFd::as_raw_fd(&container);
     sys::ioctl(&group, abi::VFIO_GROUP_SET_CONTAINER, &mut fd)?;
-    let type1 = i32::try_from(VFIO_TYPE1v2_IOMMU).unwrap_or(0);
-    sys::ioctl_value(&container, abi::VFIO_SET_IOMMU, type1)?;
+    if new {
+        let type1 = i32::try_from(VFIO_TYPE1v2_IOMMU).unwrap_or(0);
+        sys::ioctl_value(&container, abi::VFIO_SET_IOMMU, type1)?;
+    }
     let name = CString::new(mdev.uuid()).map_err(io::Error::other)?;
     let device = sys::ioctl_open(&group, abi::VFIO_GROUP_GET_DEVICE_FD, &name)?;
     Ok((vec![device, group], AddressSpace::Container(container)))
