@@ -76,6 +76,35 @@ fn server_with_another_device_is_refused() {
 }
 
 #[test]
+fn successor_with_other_state_is_refused_before_it_has_the_device() {
+    let keeping = |device, bytes| {
+        let builder = PciBuilder::new(1, device).bar(0, Bar::memory32(0x100));
+        builder.state(bytes).build().unwrap()
+    };
+    let (client, running) = Running::start(keeping(2, 8));
+    let standby = AttachOptions::new().standby(true);
+
+    // The number of bytes and configuration space differ, which clients are not described.
+    for model in [keeping(2, 16), keeping(3, 8)] {
+        let transport = running.host.transport();
+        let error = Server::attach(model, transport, &standby, |_| Ok(Null)).unwrap_err();
+
+        assert!(error.is_refused() && !error.is_busy(), "{error}");
+        assert_eq!(error.errno().number(), libc::ESTALE);
+        assert!(error.to_string().contains("state"), "{error}");
+        assert_eq!(client.read(0, 0, &mut [0]).unwrap(), 1);
+    }
+    let next = keeping(2, 8);
+    let transport = running.host.transport();
+    let next = Server::attach(next, transport, &standby, |bus| {
+        assert!(bus.is_recovered());
+        Ok(Null)
+    });
+    assert!(next.is_ok());
+    assert_eq!(running.wait().unwrap(), Ended::HandedOver);
+}
+
+#[test]
 fn error_of_the_constructor_is_returned_and_detaches() {
     let (transport, host) = memory::pair().unwrap();
 

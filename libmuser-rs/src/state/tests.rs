@@ -266,6 +266,36 @@ fn memory_of_another_is_refused_in_words() {
 }
 
 #[test]
+fn tag_tells_parts_from_others() {
+    let others = [
+        Parts {
+            library: 101,
+            ..PARTS
+        },
+        Parts {
+            author: 301,
+            ..PARTS
+        },
+        Parts {
+            fingerprint: 8,
+            ..PARTS
+        },
+        // The sum of the sizes is the same.
+        Parts {
+            library: 300,
+            author: 100,
+            ..PARTS
+        },
+    ];
+
+    assert_eq!(PARTS.tag(), Parts { ..PARTS }.tag());
+    for other in others {
+        assert_ne!(PARTS.tag(), other.tag());
+        assert_ne!(other.tag(), 0);
+    }
+}
+
+#[test]
 fn change_of_everything_fits_the_log() {
     for (library, author) in [(0, 0), (1, 1), (63, 65), (256, 4096), (5000, 100_000)] {
         let parts = Parts {
