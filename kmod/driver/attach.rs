@@ -65,7 +65,7 @@ fn errno(fault: Fault) -> Error {
         MUSER_FAULT_AREA_OVERLAP => EEXIST,
         MUSER_FAULT_ATTACHED | MUSER_FAULT_STANDBY => EBUSY,
         MUSER_FAULT_ATTACHED_SELF => Errno::EISCONN.into(),
-        MUSER_FAULT_DIFFERS => Errno::ESTALE.into(),
+        MUSER_FAULT_DIFFERS | MUSER_FAULT_STATE_DIFFERS => Errno::ESTALE.into(),
         _ => EINVAL,
     }
 }
@@ -242,12 +242,14 @@ impl NodeFile {
             if let (Some(present), Some(described)) = (present, &described) {
                 present.arrays().differs(&described.arrays())?;
             }
+            state.check_tag(attach.state_tag)?;
             let owner = state.next_owner;
             state.next_owner += 1;
             let attachment = Attachment {
                 owner,
                 slots: Slots::new(attach.slots),
                 state_size: attach.state_size,
+                state_tag: attach.state_tag,
                 reserved: Some(reserved),
                 process: Process::current(),
             };

@@ -251,6 +251,7 @@ impl Device {
             next_owner: 1,
             detached_since: Moment::now(),
             state_size: 0,
+            state_tag: 0,
             removed: false,
             client: false,
         };

@@ -102,7 +102,7 @@ pub(crate) trait Argument: FromBytes + IntoBytes + Immutable + Default {
 }
 
 impl Argument for muser_attach {
-    const FIRST_SIZE: usize = 80;
+    const FIRST_SIZE: usize = 88;
 }
 
 impl Argument for muser_next {

@@ -5,6 +5,7 @@
 
 use crate::{
     driver::{
+        description::Fault,
         queue::{Entry, Holder, Id, Queue, Taken},
         request::{Kind, Request},
         users::Reserved, //
@@ -64,6 +65,8 @@ pub(crate) struct Attachment {
     pub(crate) slots: Slots,
     /// Bytes of state it asked for.
     pub(crate) state_size: u32,
+    /// What it makes of the state, or 0.
+    pub(crate) state_tag: u64,
     /// Memory set aside for it, until it is the present one.
     pub(crate) reserved: Option<Reserved>,
     /// Who it is.
@@ -97,6 +100,8 @@ pub(crate) struct State {
     pub(crate) detached_since: Moment,
     /// Bytes of state that there are: as many as any attachment asked for.
     pub(crate) state_size: u32,
+    /// What processes make of the state: the first tag that an attachment had, or 0.
+    pub(crate) state_tag: u64,
     /// The device was removed.
     pub(crate) removed: bool,
     /// A client has it open.
@@ -116,10 +121,21 @@ impl State {
         self.attachment = attachment.or_else(|| self.standby.take());
         if let Some(attachment) = &mut self.attachment {
             self.state_size = self.state_size.max(attachment.state_size);
+            if self.state_tag == 0 {
+                self.state_tag = attachment.state_tag;
+            }
             if let Some(reserved) = attachment.reserved.take() {
                 reserved.keep();
             }
         }
+    }
+
+    /// Says whether a process with this tag can make sense of the state.
+    pub(crate) fn check_tag(&self, tag: u64) -> Result<(), Fault> {
+        if tag == 0 || self.state_tag == 0 || tag == self.state_tag {
+            return Ok(());
+        }
+        Err(Fault::new(MUSER_FAULT_STATE_DIFFERS, 0))
     }
 
     /// `MUSER_STATE_*` as far as a process sees them without asking.

@@ -193,12 +193,16 @@
 /* `EDQUOT`: the areas exceed what is left to the creator of the device (`max_user_memory`). */
 #define MUSER_FAULT_USER_MEMORY 23u
 
+/* `ESTALE`: `state_tag` is not the one that the device has. */
+#define MUSER_FAULT_STATE_DIFFERS 24u
+
 /*
  * `muser_attach.flags`: if another file is attached, wait until it is no longer, and take over from
  * it. The other one learns of it (`MUSER_STATE_STANDBY`, `ESHUTDOWN` of `MUSER_NEXT`), finishes
  * what it has taken, and detaches; or it dies. Requests wait meanwhile and do not time out.
  *
- * The description is compared first. One file can wait; with `O_NONBLOCK`, the ioctl fails with
+ * The description and `state_tag` are compared first, so that a successor which can't serve the
+ * device does not get it. One file can wait; with `O_NONBLOCK`, the ioctl fails with
  * `EAGAIN` as long as it would have to wait, and nobody is told.
  */
 #define MUSER_ATTACH_STANDBY (1u << 0)
@@ -395,6 +399,12 @@ struct muser_attach {
     __u32 state_size;
     /* Zero. */
     __u32 reserved;
+    /*
+     * What the process makes of the state, in a number of its own choice: of its layout, for
+     * instance; 0 for no opinion. The device keeps the first one that is not 0, and refuses an
+     * attachment with another one (`MUSER_FAULT_STATE_DIFFERS`); the kernel makes nothing of it.
+     */
+    __u64 state_tag;
 };
 
 /*

@@ -101,6 +101,7 @@ pub mod cli;
 mod device;
 mod dma;
 mod error;
+mod hash;
 mod irq;
 mod memory;
 mod model;

@@ -6,6 +6,7 @@
 //! after; with a change goes the [entry](once) which says that an access is done.
 
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Errno, Error, Result};
@@ -22,18 +23,22 @@ pub(crate) use journal::Parts;
 pub(crate) use once::Key;
 
 use journal::Journal;
-use once::{Endings, Found};
+use once::{Found, Held};
 
 /// All state of a device.
 #[derive(Debug)]
 pub(crate) struct Store {
     inner: Mutex<Inner>,
+    /// Held by a thread that takes a request, as long as there may be replays: so that this knows
+    /// of all of them when the first new request is taken.
+    taking: Mutex<()>,
+    expects_replays: AtomicBool,
 }
 
 #[derive(Debug)]
 struct Inner {
     journal: Journal,
-    endings: Endings,
+    held: Held,
 }
 
 impl Store {
@@ -42,9 +47,14 @@ impl Store {
         let (journal, recovered) = Journal::open(memory, parts, initial)?;
         let inner = Mutex::new(Inner {
             journal,
-            endings: Endings::default(),
+            held: Held::new(recovered),
         });
-        Ok((Self { inner }, recovered))
+        let store = Self {
+            inner,
+            taking: Mutex::default(),
+            expects_replays: AtomicBool::new(recovered),
+        };
+        Ok((store, recovered))
     }
 
     /// The library's part.
@@ -67,9 +77,26 @@ impl Store {
         }
     }
 
-    /// The reply to this request was accepted.
-    pub(crate) fn ended(&self, request: RequestId) {
-        self.lock().endings.add(request);
+    /// To be called before a request is taken; what it gives is kept until [`turned`](Self::turned)
+    /// was told.
+    pub(crate) fn taking(&self) -> Option<MutexGuard<'_, ()>> {
+        let expected = self.expects_replays.load(Ordering::SeqCst);
+        expected.then(|| self.taking.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The reply to one request was accepted, and another was taken; that may be a replay.
+    pub(crate) fn turned(&self, ended: Option<RequestId>, taken: Option<(RequestId, bool)>) {
+        let mut inner = self.lock();
+        if let Some(request) = ended {
+            inner.held.end(request);
+        }
+        // A ring is not a request, and comes at any time.
+        let requests = taken.filter(|(request, _)| *request != RequestId::NONE);
+        if let Some((request, replay)) = requests {
+            inner.held.take(request, replay);
+            let expected = inner.held.expects_replays();
+            self.expects_replays.store(expected, Ordering::SeqCst);
+        }
     }
 
     /// From now on nothing is saved: the next server may have the memory.
@@ -101,7 +128,7 @@ impl Store {
 impl Inner {
     fn find(&self, key: Key) -> Found {
         let table = &self.journal.home()[self.journal.parts().at_table()..];
-        once::find(table, &self.endings, key)
+        once::find(table, &self.held, key)
     }
 
     fn save(&mut self, at: usize, new: &[u8], done: Option<(Key, u64)>) -> Result<()> {
@@ -206,7 +233,7 @@ impl State {
     ///
     /// `EINVAL`: this access has done its one thing. `ENOSPC`: more than 512 accesses in flight are
     /// not the first ones of their requests, as a client can have it which makes many long accesses at
-    /// a time. `ENODEV`: the server has ended, so nothing is kept any more.
+    /// a time; while replays are still to come, those of an earlier server count. `ENODEV`: the server has ended, so nothing is kept any more.
     pub fn once(&self, access: &Access, work: impl FnOnce(&mut [u8]) -> u64) -> Result<u64> {
         let store = &self.inner.store;
         let mut bytes = self.lock();

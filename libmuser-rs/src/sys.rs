@@ -12,7 +12,7 @@ use std::ptr::NonNull;
 #[cfg(feature = "cli")]
 use std::{
     os::fd::IntoRawFd,
-    sync::atomic::{AtomicI32, Ordering},
+    sync::atomic::{AtomicBool, AtomicI32, Ordering},
 };
 
 use muser_uapi::{
@@ -239,6 +239,9 @@ unsafe fn dma_copy(
 /// The eventfd that a signal writes to, or -1.
 #[cfg(feature = "cli")]
 static TERMINATION: AtomicI32 = AtomicI32::new(-1);
+/// Whether one of the signals has come.
+#[cfg(feature = "cli")]
+static TERMINATED: AtomicBool = AtomicBool::new(false);
 
 /// Has SIGTERM and SIGINT write to a copy of `event`, an eventfd, the first time each comes.
 #[cfg(feature = "cli")]
@@ -249,7 +252,8 @@ pub(crate) fn write_on_termination(event: BorrowedFd<'_>) -> std::io::Result<()>
     let flags = SaFlags::SA_RESTART | SaFlags::SA_RESETHAND;
     let action = SigAction::new(SigHandler::Handler(terminate), flags, SigSet::empty());
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
-        // SAFETY: The handler calls nothing but write(2), which signal-safety(7) allows.
+        // SAFETY: Beside atomic stores, the handler calls nothing but write(2), which
+        // signal-safety(7) allows.
         unsafe { sigaction(signal, &action) }?;
     }
     Ok(())
@@ -257,6 +261,7 @@ pub(crate) fn write_on_termination(event: BorrowedFd<'_>) -> std::io::Result<()>
 
 #[cfg(feature = "cli")]
 extern "C" fn terminate(_signal: libc::c_int) {
+    TERMINATED.store(true, Ordering::SeqCst);
     let one = 1_u64;
     let before = Errno::last_raw();
     let event = TERMINATION.load(Ordering::SeqCst);
@@ -264,6 +269,12 @@ extern "C" fn terminate(_signal: libc::c_int) {
     // nothing.
     unsafe { libc::write(event, std::ptr::from_ref(&one).cast(), size_of::<u64>()) };
     Errno::set_raw(before);
+}
+
+/// Whether a signal has come since [`write_on_termination`].
+#[cfg(feature = "cli")]
+pub(crate) fn is_terminated() -> bool {
+    TERMINATED.load(Ordering::SeqCst)
 }
 
 /// Bytes of address space that this process may have; `None` if nobody has said.

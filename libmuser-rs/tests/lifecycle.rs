@@ -3,7 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -73,6 +73,35 @@ fn server_with_another_device_is_refused() {
 
     assert!(error.is_refused() && !error.is_busy(), "{error}");
     assert_eq!(error.errno().number(), libc::ESTALE);
+}
+
+#[test]
+fn successor_with_other_state_is_refused_before_it_has_the_device() {
+    let keeping = |device, bytes| {
+        let builder = PciBuilder::new(1, device).bar(0, Bar::memory32(0x100));
+        builder.state(bytes).build().unwrap()
+    };
+    let (client, running) = Running::start(keeping(2, 8));
+    let standby = AttachOptions::new().standby(true);
+
+    // The number of bytes and configuration space differ, which clients are not described.
+    for model in [keeping(2, 16), keeping(3, 8)] {
+        let transport = running.host.transport();
+        let error = Server::attach(model, transport, &standby, |_| Ok(Null)).unwrap_err();
+
+        assert!(error.is_refused() && !error.is_busy(), "{error}");
+        assert_eq!(error.errno().number(), libc::ESTALE);
+        assert!(error.to_string().contains("state"), "{error}");
+        assert_eq!(client.read(0, 0, &mut [0]).unwrap(), 1);
+    }
+    let next = keeping(2, 8);
+    let transport = running.host.transport();
+    let next = Server::attach(next, transport, &standby, |bus| {
+        assert!(bus.is_recovered());
+        Ok(Null)
+    });
+    assert!(next.is_ok());
+    assert_eq!(running.wait().unwrap(), Ended::HandedOver);
 }
 
 #[test]
@@ -250,6 +279,50 @@ fn stopped_server_stops_and_can_go_on() {
     assert_eq!(client.read(0, 0, &mut [0]).unwrap(), 1);
     host.remove();
     assert_eq!(serving.join().unwrap().unwrap(), Ended::Removed);
+}
+
+/// Answers when the next request is queued already.
+struct Busy {
+    queue: OwnedFd,
+    answers: mpsc::Sender<()>,
+}
+
+impl Device for Busy {
+    fn read(&mut self, _access: Access) -> Result<u64> {
+        wait_readable(&self.queue);
+        let _ = self.answers.send(());
+        Ok(0)
+    }
+}
+
+#[test]
+fn server_that_always_has_work_stops() {
+    let (transport, host) = memory::pair().unwrap();
+    let queue = transport.as_fd().try_clone_to_owned().unwrap();
+    let (answers, answered) = mpsc::channel();
+    let mut server = Server::new(model(), transport, |_| Ok(Busy { queue, answers })).unwrap();
+    let clients = [host.open().unwrap(), host.open().unwrap()];
+    let reading = clients.map(|client| {
+        // Until the device is removed.
+        thread::spawn(move || while client.read(0, 0, &mut [0]).is_ok() {})
+    });
+    let stop = Stop::new().unwrap();
+    let handle = stop.clone();
+    let (sender, ended) = mpsc::channel();
+    let serving = thread::spawn(move || sender.send(server.run_until(&stop)));
+    for _ in 0..100 {
+        answered.recv_timeout(DEADLINE).unwrap();
+    }
+
+    handle.stop();
+
+    let ended = ended.recv_timeout(DEADLINE).expect("it did not stop");
+    assert_eq!(ended.unwrap(), Ended::Stopped);
+    host.remove();
+    for thread in reading {
+        thread.join().unwrap();
+    }
+    serving.join().unwrap().unwrap();
 }
 
 #[test]

@@ -194,12 +194,15 @@ pub const MUSER_FAULT_STATE: u32 = 21;
 pub const MUSER_FAULT_STANDBY: u32 = 22;
 /// `EDQUOT`: the areas exceed what is left to the creator of the device (`max_user_memory`).
 pub const MUSER_FAULT_USER_MEMORY: u32 = 23;
+/// `ESTALE`: `state_tag` is not the one that the device has.
+pub const MUSER_FAULT_STATE_DIFFERS: u32 = 24;
 
 /// `muser_attach.flags`: if another file is attached, wait until it is no longer, and take over from
 /// it. The other one learns of it ([`MUSER_STATE_STANDBY`], `ESHUTDOWN` of [`MUSER_NEXT`]), finishes
 /// what it has taken, and detaches; or it dies. Requests wait meanwhile and do not time out.
 ///
-/// The description is compared first. One file can wait; with `O_NONBLOCK`, the ioctl fails with
+/// The description and `state_tag` are compared first, so that a successor which can't serve the
+/// device does not get it. One file can wait; with `O_NONBLOCK`, the ioctl fails with
 /// `EAGAIN` as long as it would have to wait, and nobody is told.
 pub const MUSER_ATTACH_STANDBY: u32 = 1 << 0;
 
@@ -254,6 +257,10 @@ pub struct muser_attach {
     pub state_size: u32,
     /// Zero.
     pub reserved: u32,
+    /// What the process makes of the state, in a number of its own choice: of its layout, for
+    /// instance; 0 for no opinion. The device keeps the first one that is not 0, and refuses an
+    /// attachment with another one ([`MUSER_FAULT_STATE_DIFFERS`]); the kernel makes nothing of it.
+    pub state_tag: u64,
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -706,7 +713,7 @@ const _: () = {
     assert!(size_of::<muser_region>() == 24);
     assert!(size_of::<muser_area>() == 24);
     assert!(size_of::<muser_irq>() == 16);
-    assert!(size_of::<muser_attach>() == 80);
+    assert!(size_of::<muser_attach>() == 88);
     assert!(offset_of!(muser_attach, regions) == 32);
     assert!(offset_of!(muser_attach, fault) == 60);
     assert!(size_of::<muser_slot>() == 64);

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::regs::*;
 use crate::dma::Mastering;
+use crate::hash::hash;
 
 /// What each byte of configuration space starts as and how it can be written. Fixed once built.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,17 +48,13 @@ impl Layout {
     /// A number which differs, as good as always, from that of any other layout: FNV-1a, which is
     /// the same in every build.
     pub(crate) fn fingerprint(&self) -> u64 {
-        const BASIS: u64 = 0xcbf2_9ce4_8422_2325;
-        const PRIME: u64 = 0x0100_0000_01b3;
         let places = [self.pm, self.express, self.msi, self.msix];
         let places = places.map(|place| place.unwrap_or(0).to_le_bytes());
         let bytes = [&self.defaults, &self.writable, &self.write_one_clears]
             .into_iter()
             .flatten()
             .chain(places.as_flattened());
-        bytes.fold(BASIS, |hash, byte| {
-            (hash ^ u64::from(*byte)).wrapping_mul(PRIME)
-        })
+        hash(bytes)
     }
 
     pub(crate) fn size(&self) -> usize {

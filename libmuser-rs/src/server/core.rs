@@ -40,6 +40,7 @@ impl Core {
         let parts = model.parts(&image);
         let options = AttachOptions {
             state_size: parts.size(),
+            state_tag: parts.tag(),
             ..*options
         };
         let attachment = transport.attach(model.description(), &options)?;

@@ -30,12 +30,15 @@ impl<'a, D: Device + ?Sized> Worker<'a, D> {
 
     /// Replies and takes.
     pub(super) fn turn(&mut self, reply: Option<Reply>, take: Take) -> Result<Option<Request>> {
+        let store = self.core.shared.store();
         let replied = reply.map(|reply| reply.token.request());
-        let taken = self.core.transport.turn(reply, take, self.data);
-        if let (Some(request), Ok(_)) = (replied, &taken) {
-            self.core.shared.store().ended(request);
+        let _taking = (take != Take::Nothing).then(|| store.taking());
+        let turned = self.core.transport.turn(reply, take, self.data);
+        if let Ok(request) = &turned {
+            let taken = request.map(|request| (request.token.request(), request.replay));
+            store.turned(replied, taken);
         }
-        taken
+        turned
     }
 
     /// Has a request answered: the result, whose data is in the buffer.

@@ -61,6 +61,10 @@ impl<'a> Run<'a> {
         let mut reply = None;
         self.core.check_panicked()?;
         loop {
+            // Who finds work without end never comes to wait, and hears of it here.
+            if self.stop.is_some_and(Stop::is_used) {
+                self.end();
+            }
             let take = if self.is_over() || self.core.check_panicked().is_err() {
                 Take::Nothing
             } else if self.stop.is_none() && self.wake.is_none() {

@@ -2,6 +2,7 @@
 //! The handle that stops a server from another thread.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -17,6 +18,11 @@ pub struct Stop {
 #[derive(Debug)]
 struct Inner {
     event: EventFd,
+    /// What `event` says, for who has no time to ask it.
+    used: AtomicBool,
+    /// Whether SIGTERM and SIGINT use it.
+    #[cfg(feature = "cli")]
+    on_termination: AtomicBool,
     death: Mutex<Option<Moment>>,
 }
 
@@ -42,6 +48,9 @@ impl Stop {
         Ok(Self {
             inner: Arc::new(Inner {
                 event,
+                used: AtomicBool::new(false),
+                #[cfg(feature = "cli")]
+                on_termination: AtomicBool::new(false),
                 death: Mutex::new(None),
             }),
         })
@@ -50,6 +59,7 @@ impl Stop {
     /// Stops the servers that [run until](crate::Server::run_until) this handle is used, now and
     /// later, after the requests that each is at.
     pub fn stop(&self) {
+        self.inner.used.store(true, Ordering::SeqCst);
         // A full counter is readable just as well.
         let _ = self.inner.event.write(1);
     }
@@ -59,7 +69,18 @@ impl Stop {
     #[cfg(feature = "cli")]
     pub(crate) fn use_on_termination(&self) -> Result<()> {
         crate::sys::write_on_termination(self.as_fd())
-            .map_err(|error| Error::io("handling SIGTERM", error))
+            .map_err(|error| Error::io("handling SIGTERM", error))?;
+        self.inner.on_termination.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Whether it was used. Unlike the descriptor, this costs nothing to ask.
+    pub(super) fn is_used(&self) -> bool {
+        #[cfg(feature = "cli")]
+        if self.inner.on_termination.load(Ordering::SeqCst) && crate::sys::is_terminated() {
+            return true;
+        }
+        self.inner.used.load(Ordering::SeqCst)
     }
 
     /// Ends the server with its next request as if its process were killed there: no reply is sent,
@@ -81,5 +102,25 @@ impl Stop {
 impl AsFd for Stop {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.inner.event.as_fd()
+    }
+}
+
+#[cfg(all(test, feature = "cli"))]
+mod tests {
+    use super::*;
+    use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+    use nix::sys::signal::{raise, Signal};
+
+    #[test]
+    fn signal_uses_the_handle_that_asked_for_it() {
+        let (stop, other) = (Stop::new().unwrap(), Stop::new().unwrap());
+        stop.use_on_termination().unwrap();
+        assert!(!stop.is_used());
+
+        raise(Signal::SIGTERM).unwrap();
+
+        assert!(stop.is_used() && !other.is_used());
+        let mut fds = [PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut fds, PollTimeout::ZERO).unwrap(), 1);
     }
 }

@@ -29,6 +29,7 @@
 use std::sync::atomic::{fence, Ordering};
 
 use crate::error::{Error, Result};
+use crate::hash::hash;
 use crate::memory::SharedMemory;
 
 use super::once;
@@ -65,6 +66,14 @@ impl Parts {
     /// Bytes of memory that it takes.
     pub(crate) fn size(&self) -> usize {
         HEADER + self.home() + self.log()
+    }
+
+    /// A number that tells parts from others, and never 0: a server with others is refused before it
+    /// has the device, and not only when it finds the memory.
+    pub(crate) fn tag(&self) -> u64 {
+        let sizes = [self.library as u64, self.author as u64];
+        let words = [u64::from(VERSION), sizes[0], sizes[1], self.fingerprint];
+        hash(words.map(u64::to_le_bytes).as_flattened().iter()).max(1)
     }
 
     pub(super) fn at_table(&self) -> usize {

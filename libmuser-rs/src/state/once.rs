@@ -4,7 +4,8 @@
 //! The first access of a request has its entry at the request's place in the queue, which no other
 //! request has meanwhile. Further accesses of the same request have theirs in a second half, anywhere.
 //! An entry is of no more use when its request has ended: when another request has its place, or
-//! when its reply was accepted.
+//! when this server does not [hold](Held) it. What an earlier server held and did not end is taken
+//! as replays, before anything new.
 
 use crate::transport::RequestId;
 
@@ -52,30 +53,50 @@ pub(super) enum Found {
     Full,
 }
 
-/// Requests that have ended, by their place: what the table does not say.
+/// Requests that were taken and have not ended, by their place: what the table does not say.
 #[derive(Debug)]
-pub(super) struct Endings(Vec<RequestId>);
-
-impl Default for Endings {
-    fn default() -> Self {
-        Self(vec![RequestId::NONE; PLACES])
-    }
+pub(super) struct Held {
+    requests: Vec<RequestId>,
+    /// Whether there may be replays which were not taken yet, and of which the table alone knows.
+    replays: bool,
 }
 
-impl Endings {
-    pub(super) fn add(&mut self, request: RequestId) {
-        if let Some(last) = self.0.get_mut(request.place()) {
-            *last = request;
+impl Held {
+    /// None of them, at the start of a server; `replays` says whether there was an earlier one.
+    pub(super) fn new(replays: bool) -> Self {
+        Self {
+            requests: vec![RequestId::NONE; PLACES],
+            replays,
+        }
+    }
+
+    pub(super) fn expects_replays(&self) -> bool {
+        self.replays
+    }
+
+    pub(super) fn take(&mut self, request: RequestId, replay: bool) {
+        if let Some(held) = self.requests.get_mut(request.place()) {
+            *held = request;
+        }
+        // They come before everything new.
+        self.replays &= replay;
+    }
+
+    pub(super) fn end(&mut self, request: RequestId) {
+        let held = self.requests.get_mut(request.place());
+        // Another one may have its place by now.
+        if let Some(held) = held.filter(|held| **held == request) {
+            *held = RequestId::NONE;
         }
     }
 
     fn contains(&self, request: RequestId) -> bool {
-        self.0.get(request.place()) == Some(&request)
+        self.replays || self.requests.get(request.place()) == Some(&request)
     }
 }
 
 /// Looks for a key.
-pub(super) fn find(table: &[u8], endings: &Endings, key: Key) -> Found {
+pub(super) fn find(table: &[u8], held: &Held, key: Key) -> Found {
     let place = key.request.place();
     if place >= PLACES {
         return Found::Full;
@@ -93,8 +114,11 @@ pub(super) fn find(table: &[u8], endings: &Endings, key: Key) -> Found {
         if request == key.request && at == key.at {
             return Found::Done(result);
         }
-        let ended = || request != entry(table, request.place()).0 || endings.contains(request);
-        if free.is_none() && (request == RequestId::NONE || ended()) {
+        let alive = || {
+            let latest = request == entry(table, request.place()).0;
+            latest && (request == key.request || held.contains(request))
+        };
+        if free.is_none() && (request == RequestId::NONE || !alive()) {
             free = Some(number * ENTRY);
         }
     }
@@ -118,67 +142,103 @@ mod tests {
         RequestId::new(sequence << 16 | place)
     }
 
-    fn put(table: &mut [u8], endings: &Endings, key: Key, result: u64) {
-        let Found::Free(at) = find(table, endings, key) else {
+    fn put(table: &mut [u8], held: &Held, key: Key, result: u64) {
+        let Found::Free(at) = find(table, held, key) else {
             panic!("no room");
         };
         table[at..at + ENTRY].copy_from_slice(&key.entry(result));
     }
 
+    /// Requests that were taken here.
+    fn holding(requests: &[RequestId]) -> Held {
+        let mut held = Held::new(false);
+        for request in requests {
+            held.take(*request, false);
+        }
+        held
+    }
+
+    /// As many accesses of a request as there is room for.
+    fn fill(table: &mut [u8], held: &Held, request: RequestId) {
+        for offset in 0..=FURTHER as u64 {
+            put(table, held, Key::new(request, 0, offset), offset);
+        }
+    }
+
     #[test]
     fn accesses_of_a_request_are_found_each() {
-        let (mut table, endings) = (vec![0; SIZE], Endings::default());
+        let (mut table, held) = (vec![0; SIZE], holding(&[request(1, 7)]));
         let keys = [0, 8, 16].map(|offset| Key::new(request(1, 7), 2, offset));
 
         for (result, key) in (100..).zip(keys) {
-            put(&mut table, &endings, key, result);
+            put(&mut table, &held, key, result);
         }
 
         for (result, key) in (100..).zip(keys) {
-            assert_eq!(find(&table, &endings, key), Found::Done(result));
+            assert_eq!(find(&table, &held, key), Found::Done(result));
         }
         let other = Key::new(request(1, 7), 3, 0);
-        assert!(matches!(find(&table, &endings, other), Found::Free(_)));
+        assert!(matches!(find(&table, &held, other), Found::Free(_)));
     }
 
     #[test]
     fn next_request_at_a_place_makes_room() {
-        let (mut table, endings) = (vec![0; SIZE], Endings::default());
-        for offset in 0..=FURTHER as u64 {
-            put(&mut table, &endings, Key::new(request(1, 0), 0, offset), 0);
-        }
-        let more = |sequence, place, offset| Key::new(request(sequence, place), 0, offset);
-        put(&mut table, &endings, more(2, 1, 0), 0);
-        assert_eq!(find(&table, &endings, more(2, 1, 8)), Found::Full);
+        let (long, other, next) = (request(1, 0), request(2, 1), request(3, 0));
+        let (mut table, mut held) = (vec![0; SIZE], holding(&[long, other]));
+        fill(&mut table, &held, long);
+        put(&mut table, &held, Key::new(other, 0, 0), 0);
+        let more = Key::new(other, 0, 8);
+        assert_eq!(find(&table, &held, more), Found::Full);
 
-        put(&mut table, &endings, more(3, 0, 0), 0);
+        held.take(next, false);
+        put(&mut table, &held, Key::new(next, 0, 0), 0);
+        // Its reply is told of after its place had another.
+        held.end(long);
 
-        assert!(matches!(
-            find(&table, &endings, more(2, 1, 8)),
-            Found::Free(_)
-        ));
+        assert!(matches!(find(&table, &held, more), Found::Free(_)));
+        assert!(held.contains(next));
     }
 
     #[test]
     fn request_that_ended_makes_room() {
-        let (mut table, mut endings) = (vec![0; SIZE], Endings::default());
+        let (long, other) = (request(1, 0), request(2, 1));
+        let (mut table, mut held) = (vec![0; SIZE], holding(&[long, other]));
+        fill(&mut table, &held, long);
+        let first = Key::new(other, 0, 0);
+        put(&mut table, &held, first, 0);
+
+        held.end(long);
+
+        put(&mut table, &held, Key::new(other, 0, 8), 5);
+        assert_eq!(find(&table, &held, first), Found::Done(0));
+    }
+
+    #[test]
+    fn replays_not_taken_yet_keep_their_entries() {
+        let (long, other, new) = (request(1, 0), request(2, 1), request(3, 2));
+        let mut table = vec![0; SIZE];
+        fill(&mut table, &holding(&[long]), long);
+        let mut held = Held::new(true);
+        let more = |request| Key::new(request, 0, 0x1000);
+
+        held.take(other, true);
+        put(&mut table, &held, Key::new(other, 0, 0), 0);
+        assert_eq!(find(&table, &held, more(other)), Found::Full);
         for offset in 0..=FURTHER as u64 {
-            put(&mut table, &endings, Key::new(request(1, 0), 0, offset), 0);
+            let key = Key::new(long, 0, offset);
+            assert_eq!(find(&table, &held, key), Found::Done(offset));
         }
-        let first = Key::new(request(2, 1), 0, 0);
-        put(&mut table, &endings, first, 0);
 
-        endings.add(request(1, 0));
-
-        put(&mut table, &endings, Key::new(request(2, 1), 0, 8), 5);
-        assert_eq!(find(&table, &endings, first), Found::Done(0));
+        // It did not come as a replay, so it had ended.
+        held.take(new, false);
+        assert!(matches!(find(&table, &held, more(other)), Found::Free(_)));
     }
 
     #[test]
     fn place_out_of_range_has_no_room() {
         let key = Key::new(request(1, 512), 0, 0);
 
-        let found = find(&vec![0; SIZE], &Endings::default(), key);
+        let found = find(&vec![0; SIZE], &Held::new(false), key);
 
         assert_eq!(found, Found::Full);
     }

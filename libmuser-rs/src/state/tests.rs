@@ -203,6 +203,66 @@ fn access_without_a_request_is_done_each_time() {
     assert_eq!(first(&store), 2);
 }
 
+/// The accesses of a write of 4096 bytes.
+fn long_write(store: &Arc<Store>, number: u64, replay: bool) -> Result<()> {
+    let state = State::new(Arc::clone(store));
+    (0..512).try_for_each(|part| {
+        let access = access(number, part * 8, replay);
+        state
+            .once(&access, |_| part)
+            .map(|result| assert_eq!(result, part))
+    })
+}
+
+#[test]
+fn long_request_that_ended_makes_room_after_a_restart() {
+    let memory = fresh();
+    let (write, read, next) = (1 << 16 | 1, 2 << 16, 3 << 16);
+    let ids = [write, read, next].map(RequestId::new);
+    let (store, _) = open(&memory).unwrap();
+    store.turned(None, Some((ids[0], false)));
+    store.turned(None, Some((ids[1], false)));
+    long_write(&store, write, false).unwrap();
+    store.turned(Some(ids[0]), None);
+    store.turned(Some(ids[1]), None);
+
+    let (store, _) = open(&memory).unwrap();
+    assert!(store.taking().is_some());
+    store.turned(None, Some((RequestId::NONE, false)));
+    assert!(store.taking().is_some());
+    store.turned(None, Some((ids[2], false)));
+    assert!(store.taking().is_none());
+
+    long_write(&store, next, false).unwrap();
+}
+
+#[test]
+fn long_request_left_behind_is_not_done_again_after_a_restart() {
+    let memory = fresh();
+    let (write, read) = (1 << 16 | 1, 2 << 16);
+    let ids = [write, read].map(RequestId::new);
+    let (store, _) = open(&memory).unwrap();
+    store.turned(None, Some((ids[0], false)));
+    long_write(&store, write, false).unwrap();
+
+    // Another one is replayed first, and does more than there is room for beside the write.
+    let (store, _) = open(&memory).unwrap();
+    store.turned(None, Some((ids[1], true)));
+    let state = State::new(Arc::clone(&store));
+    state.once(&access(read, 0, true), |_| 0).unwrap();
+    state.once(&access(read, 8, true), |_| 0).unwrap();
+    let full = state.once(&access(read, 16, true), |_| 0).unwrap_err();
+    assert_eq!(full.errno(), Errno::ENOSPC);
+
+    store.turned(Some(ids[1]), Some((ids[0], true)));
+    let state = State::new(store);
+    for part in 0..512 {
+        let access = access(write, part * 8, true);
+        let result = state.once(&access, |_| unreachable!("it is done"));
+        assert_eq!(result.unwrap(), part);
+    }
+}
+
 #[test]
 fn closure_that_panics_has_done_nothing() {
     let (store, _) = open(&fresh()).unwrap();
@@ -263,6 +323,36 @@ fn memory_of_another_is_refused_in_words() {
     assert!(refusal(&damage, PARTS).contains("damaged"));
     let damage = |memory: &SharedMemory| memory.write(40, 24_u64).unwrap();
     assert!(matches!(refusal(&damage, PARTS), text if text.contains("damaged")));
+}
+
+#[test]
+fn tag_tells_parts_from_others() {
+    let others = [
+        Parts {
+            library: 101,
+            ..PARTS
+        },
+        Parts {
+            author: 301,
+            ..PARTS
+        },
+        Parts {
+            fingerprint: 8,
+            ..PARTS
+        },
+        // The sum of the sizes is the same.
+        Parts {
+            library: 300,
+            author: 100,
+            ..PARTS
+        },
+    ];
+
+    assert_eq!(PARTS.tag(), Parts { ..PARTS }.tag());
+    for other in others {
+        assert_ne!(PARTS.tag(), other.tag());
+        assert_ne!(other.tag(), 0);
+    }
 }
 
 #[test]

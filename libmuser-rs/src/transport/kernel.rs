@@ -117,6 +117,7 @@ impl Transport for KernelTransport {
                 0
             },
             state_size: u32::try_from(options.state_size).unwrap_or(u32::MAX),
+            state_tag: options.state_tag,
             ..muser_attach::default()
         };
         let attached = loop {

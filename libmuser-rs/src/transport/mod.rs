@@ -122,6 +122,9 @@ pub struct AttachOptions {
     pub threads: usize,
     /// Bytes of memory which outlive the server; the [`Server`](crate::Server) sets it.
     pub state_size: usize,
+    /// What the server makes of that memory: a server with another tag than the first one that is
+    /// not 0 is refused. The [`Server`](crate::Server) sets it.
+    pub state_tag: u64,
 }
 
 impl AttachOptions {
@@ -132,12 +135,18 @@ impl AttachOptions {
             standby: false,
             threads: 0,
             state_size: 0,
+            state_tag: 0,
         }
     }
 
     /// Says whether to wait, while another server serves the device, until that one hands it over
     /// ([`Ended::HandedOver`](crate::Ended::HandedOver)) or is gone. Otherwise that is an error
     /// ([`Error::is_busy`](crate::Error::is_busy)).
+    ///
+    /// A server that describes the device differently, or keeps its [state](crate::State) in another
+    /// way, is refused before the other one hears of it. The device's constructor runs after the
+    /// take-over, when nobody else serves the device any more: what can fail (opening files,
+    /// parsing a configuration) belongs before the server.
     #[must_use]
     pub const fn standby(self, standby: bool) -> Self {
         Self { standby, ..self }
@@ -149,6 +158,11 @@ impl AttachOptions {
         Self { threads, ..self }
     }
 }
+
+/// Why a server is refused whose [tag](AttachOptions::state_tag) is not that of the device.
+const STATE_DIFFERS: &str = "its state was left by a program that keeps another number of bytes or \
+    another configuration space, or was built with another version of libmuser; remove it and create \
+    it again";
 
 /// What a device gets by being attached.
 #[derive(Clone, Debug)]

@@ -32,6 +32,8 @@ pub struct Description {
     pub slots: u32,
     /// `muser_attach.state_size`.
     pub state_size: u32,
+    /// `muser_attach.state_tag`.
+    pub state_tag: u64,
     /// Regions.
     pub regions: Vec<muser_region>,
     /// Areas of all regions.
@@ -123,6 +125,7 @@ impl Description {
             bus: MUSER_BUS_PCI,
             slots: 0,
             state_size: 0,
+            state_tag: 0,
             regions: vec![region(CONFIG, 256)],
             areas: Vec::new(),
             irqs: Vec::new(),
@@ -193,6 +196,7 @@ impl Description {
             bus: self.bus,
             slots: self.slots,
             state_size: self.state_size,
+            state_tag: self.state_tag,
             num_regions: self.regions.len() as u32,
             num_areas: self.areas.len() as u32,
             num_irqs: self.irqs.len() as u32,

@@ -6,7 +6,7 @@ use nix::errno::Errno as Number;
 
 use super::region_name;
 use crate::region::{Area, RegionInfo};
-use crate::transport::Description;
+use crate::transport::{Description, STATE_DIFFERS};
 
 /// A sentence for the fault of a `MUSER_ATTACH` that failed with `errno`.
 pub(super) fn sentence(attach: &muser_attach, description: &Description, errno: Number) -> String {
@@ -66,6 +66,7 @@ pub(super) fn sentence(attach: &muser_attach, description: &Description, errno: 
         MUSER_FAULT_USER_MEMORY => {
             "its areas exceed what is left to its creator (max_user_memory)".into()
         }
+        MUSER_FAULT_STATE_DIFFERS => STATE_DIFFERS.into(),
         MUSER_FAULT_NONE => errno.desc().to_string(),
         fault => format!("fault {fault} at {index}, of which this program knows no meaning"),
     }
@@ -128,13 +129,13 @@ mod tests {
 
     #[test]
     fn every_fault_has_a_sentence_of_its_own() {
-        let mut sentences: Vec<_> = (MUSER_FAULT_VERSION..=MUSER_FAULT_USER_MEMORY)
+        let mut sentences: Vec<_> = (MUSER_FAULT_VERSION..=MUSER_FAULT_STATE_DIFFERS)
             .map(|fault| sentence_of(fault, 0))
             .collect();
         sentences.sort();
         sentences.dedup();
 
-        assert_eq!(sentences.len(), MUSER_FAULT_USER_MEMORY as usize);
+        assert_eq!(sentences.len(), MUSER_FAULT_STATE_DIFFERS as usize);
         assert!(sentences
             .iter()
             .all(|sentence| !sentence.contains("no meaning")));

@@ -20,6 +20,7 @@ use crate::region::AreaKind;
 use crate::transport::dma::DmaTable;
 use crate::transport::{
     AreaMemory, AttachOptions, Description, Operation, Reply, Request, RequestId, Take, Token,
+    STATE_DIFFERS,
 };
 
 /// How long a request waits for a server, if nothing else is said; as `muser.ko` has it.
@@ -66,6 +67,8 @@ struct State {
     posted: bool,
     /// What outlives servers.
     memory: Option<SharedMemory>,
+    /// The first tag of a server's that was not 0.
+    tag: u64,
     clients: usize,
     /// Whether `event` is readable.
     readable: bool,
@@ -122,6 +125,7 @@ impl Queue {
             rung: BTreeSet::new(),
             posted: true,
             memory: None,
+            tag: 0,
             clients: 0,
             readable: false,
             reattach_timeout: REATTACH_TIMEOUT,
@@ -295,6 +299,10 @@ impl Queue {
                 "it was described differently before",
             ));
         }
+        let tags = [state.tag, options.state_tag];
+        if !tags.contains(&0) && tags[0] != tags[1] {
+            return Err(Error::refused(libc::ESTALE, STATE_DIFFERS));
+        }
         if state.attached.is_some() {
             state = self.stand_by(state, options)?;
         }
@@ -313,6 +321,9 @@ impl Queue {
         };
         let outlives = grow(state.memory.as_ref(), options.state_size)?;
         state.memory = Some(outlives.clone());
+        if state.tag == 0 {
+            state.tag = options.state_tag;
+        }
         state.attachments += 1;
         state.attached = Some(state.attachments);
         if state.posted {

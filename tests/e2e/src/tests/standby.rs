@@ -24,6 +24,7 @@ topic!("standby", once: [
     handover_happens_at_death,
     second_standby_refused,
     standby_with_other_description_refused_at_once,
+    standby_with_other_tag_refused_at_once,
     nonblocking_standby_would_wait,
     interrupted_standby_leaves_no_trace,
     killed_standby_leaves_no_trace,
@@ -186,6 +187,52 @@ fn standby_with_other_description_refused_at_once() -> Result<()> {
     let query = server.node().query()?;
     equal("standby", query.flags & MUSER_STATE_STANDBY, 0)?;
     fails("take", server.try_take(), libc::EAGAIN)
+}
+
+fn standby_with_other_tag_refused_at_once() -> Result<()> {
+    let tagged = |tag, description| Description {
+        state_tag: tag,
+        ..description
+    };
+    let mdev = Mdev::create(Type::Pci)?;
+    let server = Server::attach(&mdev, &tagged(7, Description::pci()))?;
+    let client = Client::open(&mdev, Road::Group)?;
+    let answer = Node::open(&mdev)?.attach_raw(&tagged(8, successor()));
+    refused(answer, libc::ESTALE, MUSER_FAULT_STATE_DIFFERS)?;
+    // The attached process does not hear of it, and serves on.
+    let query = server.node().query()?;
+    equal("standby", query.flags & MUSER_STATE_STANDBY, 0)?;
+    equal(
+        "status",
+        server.status()?.read::<u32>(0) & MUSER_STATE_STANDBY,
+        0,
+    )?;
+    fails("take", server.try_take(), libc::EAGAIN)?;
+    process::scope(|scope| {
+        let reading = scope.spawn(|| client.read_u32(TRAPPED, 0));
+        let request = server.take()?;
+        works(
+            "reply",
+            server.reply_data(request.slot, &5u32.to_ne_bytes()),
+        )?;
+        let read = reading.join().map_err(|_| anyhow!("the client panicked"))?;
+        equal("read", read?, 5)
+    })?;
+    // One that understands the state takes over, as does one without an opinion.
+    for tag in [7, 0] {
+        let owner = Mdev::create(Type::Pci)?;
+        let server = Server::attach(&owner, &tagged(7, Description::pci()))?;
+        process::scope(|scope| {
+            let waiting = scope.spawn(|| Server::attach(&owner, &tagged(tag, successor())));
+            in_standby(server.node())?;
+            works("detach", server.node().detach())?;
+            let waited = waiting.join();
+            waited
+                .map_err(|_| anyhow!("the standby panicked"))?
+                .map(drop)
+        })?;
+    }
+    Ok(())
 }
 
 fn nonblocking_standby_would_wait() -> Result<()> {

@@ -26,6 +26,7 @@ topic!("state", once: [
     mapping_beyond_it_refused,
     is_counted_page_by_page,
     is_gone_with_the_device,
+    first_tag_stays,
 ], roads: [
     client_close_leaves_it,
     client_cannot_map_it,
@@ -115,6 +116,35 @@ fn interrupted_standby_does_not_make_it_grow() -> Result<()> {
         let server = waiting.join().map_err(|_| anyhow!("it panicked"))??;
         equal("after it took over", size(&server)?, 65536)
     })
+}
+
+/// Attaches with a tag and goes away: the fault, if it was refused.
+fn attach_tagged(mdev: &Mdev, state_tag: u64) -> Result<Option<(i32, u32, u32)>> {
+    let description = Description {
+        state_tag,
+        ..Description::pci()
+    };
+    let answer = Node::open(mdev)?.attach_raw(&description);
+    let refusal = answer.err();
+    Ok(refusal.map(|refusal| (refusal.errno, refusal.fault, refusal.fault_index)))
+}
+
+fn first_tag_stays() -> Result<()> {
+    let mdev = Mdev::create(Type::Pci)?;
+    let differs = Some((libc::ESTALE, MUSER_FAULT_STATE_DIFFERS, 0));
+    // One without an opinion leaves the choice to the next.
+    for (tag, answer) in [
+        (0, None),
+        (1 << 63, None),
+        (1, differs),
+        (0, None),
+        (u64::MAX, differs),
+        (1 << 63, None),
+    ] {
+        equal(&format!("tag {tag:#x}"), attach_tagged(&mdev, tag)?, answer)?;
+    }
+    let other = Mdev::create(Type::Pci)?;
+    equal("another device", attach_tagged(&other, 1)?, None)
 }
 
 fn refused(mdev: &Mdev, state_size: u32) -> Result<()> {

@@ -95,6 +95,7 @@ fn try_attach(
     description.slots = *worker.random.pick(&[0, 1, 2, 16, 64]);
     let mut attach = argument(&description, ability);
     attach.flags = flags;
+    attach.state_tag = *worker.random.pick(&[0, 0, 1, 1, 1, 1, 1, 2]);
     mutate(worker, &mut description, &mut attach);
     let honest = (attach.fault, attach.recovered) == (0, 0);
     let result = structure(entry.fd, MUSER_ATTACH, &mut attach);
@@ -105,7 +106,7 @@ fn try_attach(
         worker.files.retain(|file| file.fd != entry.fd);
         let _ = sys::close(entry.fd);
     }
-    if honest && attach.fault > MUSER_FAULT_USER_MEMORY + 8 {
+    if honest && attach.fault > MUSER_FAULT_STATE_DIFFERS + 8 {
         worker.found(&format!("attach left fault {}", attach.fault));
     }
     if result.is_ok() {
