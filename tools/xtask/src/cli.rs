@@ -23,7 +23,8 @@ ENVIRONMENT
     MUSER_DEBIAN_MIRROR   the Debian mirror to use (default: the one that this
                           machine's apt uses)
     MUSER_GUEST_TIMEOUT   seconds that a guest may run before it is ended
-                          (default: 900, with the debug kernel 2400)
+                          (default: 900, with the debug kernel 2400, and what
+                          a storm's kills or the fuzzer's seconds take on top)
     CARGO_TARGET_DIR      where build output goes (default: target)
 
 FILES

@@ -2,6 +2,8 @@
 
 //! The part of `cargo xtask test` that fuzzes the module, after the suite and in the same boot.
 
+use std::time::Duration;
+
 use crate::cli::Kernel;
 use crate::report::Report;
 
@@ -11,7 +13,7 @@ const PROGRAM: &str = "fuzz-kmod";
 const RESULT: &str = "fuzz kmod: ";
 const GOOD: &str = ", 0 faults";
 /// Seconds of it: enough for each kind of call, little beside the suite.
-const SECONDS: u32 = 60;
+const SECONDS: u64 = 60;
 
 /// What the fuzzer said, line by line.
 #[derive(Debug, Default)]
@@ -24,6 +26,11 @@ pub(crate) struct Fuzzing {
 /// wrong and what was covered.
 pub(crate) fn wanted(kernel: Kernel, filter: Option<&str>) -> bool {
     kernel == Kernel::Debug && filter.is_none_or(|filter| PROGRAM.contains(filter))
+}
+
+/// How long it takes beside the suite, if there is any of it.
+pub(crate) fn length(wanted: bool) -> Duration {
+    Duration::from_secs(if wanted { SECONDS } else { 0 })
 }
 
 /// The shell command, to be run whatever the suite's status was.

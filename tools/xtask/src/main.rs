@@ -52,14 +52,17 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<ExitCode> {
     let bench = Workbench::new(cli.refresh)?;
     match cli.command {
-        Task::Demo(boot) => in_guest(&bench, boot.kernel, &["demo".to_owned()]),
-        Task::Run { boot, command } => in_guest(&bench, boot.kernel, &command),
+        Task::Demo(boot) => in_guest(&bench, boot.kernel, &["demo".to_owned()], Duration::ZERO),
+        Task::Run { boot, command } => in_guest(&bench, boot.kernel, &command, Duration::ZERO),
         Task::Test(asked) => {
             let report = suite::run(&bench, &asked);
             report.print();
             Ok(code(report.ok()))
         }
-        Task::Storm(storm) => in_guest(&bench, storm.kernel, &storm_command(&storm)),
+        Task::Storm(storm) => {
+            let length = qemu::storm_length(storm.kernel, storm.kills);
+            in_guest(&bench, storm.kernel, &storm_command(&storm), length)
+        }
         Task::Fuzz {
             part:
                 Fuzz::Kmod {
@@ -73,7 +76,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
             if let Some(seed) = seed {
                 command.extend(["--seed".to_owned(), seed.to_string()]);
             }
-            in_guest(&bench, kernel, &command)
+            in_guest(&bench, kernel, &command, Duration::from_secs(seconds))
         }
         Task::Check { fix } => {
             let report = check::run(&bench, fix)?;
@@ -125,12 +128,19 @@ fn storm_command(storm: &Storm) -> Vec<String> {
     command
 }
 
-/// Runs one command in a guest; its status becomes xtask's.
-fn in_guest(bench: &Workbench, kernel: Kernel, command: &[String]) -> Result<ExitCode> {
+/// Runs one command in a guest, which was asked to go on for `length`; its status becomes xtask's.
+fn in_guest(
+    bench: &Workbench,
+    kernel: Kernel,
+    command: &[String],
+    length: Duration,
+) -> Result<ExitCode> {
     let guest = guest(bench, kernel)?;
     eprintln!("Booting Linux {} in QEMU.", guest.tree.release);
     let words: Vec<String> = command.iter().map(|word| qemu::quote(word)).collect();
-    let outcome = qemu::run(bench, &guest, &words.join(" "), |line| println!("{line}"))?;
+    let outcome = qemu::run(bench, &guest, &words.join(" "), length, |line| {
+        println!("{line}");
+    })?;
     if let Some(complaint) = outcome.complaint() {
         bail!("{complaint}");
     }

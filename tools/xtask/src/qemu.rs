@@ -66,7 +66,20 @@ impl Outcome {
     }
 }
 
+/// How long a storm of so many kills may take: many times what it does take. What does not end by
+/// itself it notices itself.
+pub(crate) fn storm_length(kernel: Kernel, kills: u64) -> Duration {
+    let each = match kernel {
+        Kernel::Debug => 20,
+        Kernel::Stock | Kernel::Small => 2,
+    };
+    Duration::from_secs(kills.saturating_mul(each))
+}
+
 /// Boots the guest, runs a shell command in it and hands each line on.
+///
+/// A command that was asked to go on for some time, its `length`, gets that beside what any command
+/// gets.
 ///
 /// A guest that does not come up, so that nothing of muser's has run in it, is booted again: under
 /// emulation a debug kernel hangs now and then at its start.
@@ -74,10 +87,13 @@ pub(crate) fn run(
     bench: &Workbench,
     guest: &Guest,
     command: &str,
+    length: Duration,
     mut line: impl FnMut(&str),
 ) -> Result<Outcome> {
+    let asked = std::env::var("MUSER_GUEST_TIMEOUT").ok();
+    let limit = limit(guest.tree.kernel, length, asked.as_deref())?;
     for boot in 1..BOOTS {
-        match attempt(bench, guest, command, &mut line, BOOT_TIMEOUT)? {
+        match attempt(bench, guest, command, limit, &mut line, BOOT_TIMEOUT)? {
             Some(outcome) => return Ok(outcome),
             None => eprintln!(
                 "The guest did not come up within {}, before anything of muser ran in it; \
@@ -87,7 +103,7 @@ pub(crate) fn run(
             ),
         }
     }
-    let last = attempt(bench, guest, command, &mut line, Duration::MAX)?;
+    let last = attempt(bench, guest, command, limit, &mut line, Duration::MAX)?;
     last.context("the guest did not come up")
 }
 
@@ -96,11 +112,11 @@ fn attempt(
     bench: &Workbench,
     guest: &Guest,
     command: &str,
+    limit: Duration,
     mut line: impl FnMut(&str),
     boot_timeout: Duration,
 ) -> Result<Option<Outcome>> {
     let console = console_file(bench, guest)?;
-    let deadline = timeout(guest.tree.kernel)?;
     let mut qemu = qemu(bench, guest, command, &console)?;
     let log = fs::File::create(console.with_file_name("qemu.log"))?;
     let qemu = qemu
@@ -143,10 +159,10 @@ fn attempt(
             child.wait()?;
             return Ok(None);
         }
-        if began.elapsed() > deadline {
+        if began.elapsed() > limit {
             reason = Some(format!(
                 "the guest did not finish within {} and was ended (MUSER_GUEST_TIMEOUT changes that)",
-                step::clock(deadline)
+                step::clock(limit)
             ));
             break;
         }
@@ -271,18 +287,19 @@ fn read(child: &mut Child) -> Result<Receiver<String>> {
     Ok(receiver)
 }
 
-fn timeout(kernel: Kernel) -> Result<Duration> {
-    let seconds = match std::env::var("MUSER_GUEST_TIMEOUT") {
-        Ok(text) => match text.parse() {
-            Ok(seconds) => seconds,
-            Err(_) => bail!("MUSER_GUEST_TIMEOUT is a number of seconds, not {text:?}"),
-        },
-        Err(_) => match kernel {
-            Kernel::Debug => 2400,
-            Kernel::Stock | Kernel::Small => 900,
-        },
+/// How long a guest may run: as `asked`, or what any command gets and the `length` on top.
+fn limit(kernel: Kernel, length: Duration, asked: Option<&str>) -> Result<Duration> {
+    if let Some(asked) = asked {
+        return match asked.parse() {
+            Ok(seconds) => Ok(Duration::from_secs(seconds)),
+            Err(_) => bail!("MUSER_GUEST_TIMEOUT is a number of seconds, not {asked:?}"),
+        };
+    }
+    let any = match kernel {
+        Kernel::Debug => 2400,
+        Kernel::Stock | Kernel::Small => 900,
     };
-    Ok(Duration::from_secs(seconds))
+    Ok(Duration::from_secs(any).saturating_add(length))
 }
 
 #[cfg(test)]
@@ -306,5 +323,29 @@ mod tests {
         assert_eq!(outcome.complaint(), None);
         outcome.trouble = Some("WARNING: in vfio".to_owned());
         assert!(outcome.complaint().unwrap().contains("WARNING: in vfio"));
+    }
+
+    #[test]
+    fn guest_with_long_work_may_run_longer_than_the_work() {
+        let seconds = |kernel, length| limit(kernel, length, None).unwrap().as_secs();
+        assert_eq!(seconds(Kernel::Small, Duration::ZERO), 900);
+        let day = Duration::from_secs(86_400);
+        assert_eq!(seconds(Kernel::Debug, day), 86_400 + 2400);
+        assert_eq!(seconds(Kernel::Debug, Duration::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn storm_may_run_longer_the_more_it_kills() {
+        let small = storm_length(Kernel::Small, 100_000);
+        assert!(small > Duration::from_secs(86_400));
+        assert!(storm_length(Kernel::Debug, 100_000) > small);
+        assert_eq!(storm_length(Kernel::Debug, u64::MAX).as_secs(), u64::MAX);
+    }
+
+    #[test]
+    fn limit_that_the_user_asks_for_is_the_limit() {
+        let asked = |text| limit(Kernel::Small, Duration::MAX, Some(text));
+        assert_eq!(asked("7").unwrap(), Duration::from_secs(7));
+        assert!(asked("soon").is_err());
     }
 }

@@ -126,7 +126,7 @@ fn in_kernel(
         "Booting {} and running the suite in it.",
         guest.tree.release
     );
-    let outcome = qemu::run(bench, &guest, &command, |line| {
+    let outcome = qemu::run(bench, &guest, &command, fuzzing::length(fuzz), |line| {
         println!("{kernel}| {line}");
         output.line(line);
         fuzzed.line(line);

@@ -18,15 +18,17 @@ use crate::{sys, time};
 /// How often a state is looked at that no file announces.
 const GLANCE: Duration = Duration::from_micros(50);
 
-/// A program that serves a device given by `--uuid`.
+/// A program that serves a device given by `--uuid`, with what options it has before that.
 #[derive(Clone, Debug)]
 pub struct Program(pub String);
 
 impl Program {
     /// Starts it; with `take_over`, as the successor of the one that runs.
     fn start(&self, uuid: &str, take_over: bool) -> Result<Running> {
-        let mut command = Command::new(&self.0);
+        let mut program = self.0.split_whitespace();
+        let mut command = Command::new(program.next().context("a device needs a program")?);
         command
+            .args(program)
             .args(["--uuid", uuid])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -99,6 +101,8 @@ pub(super) struct Killer<'a> {
     random: Random,
     /// How long a process took from its start to its attachment, at most so far.
     start: Duration,
+    /// When the process that attached last was known not to be attached, at the latest.
+    unattached: Instant,
     /// How long a process lives when it is left alone, at the most.
     life: Duration,
     /// SIGKILLs sent.
@@ -127,6 +131,7 @@ impl<'a> Killer<'a> {
             ability: Ability::default(),
             random,
             start: Duration::ZERO,
+            unattached: Instant::now(),
             life,
             kills: 0,
             hand_overs: 0,
@@ -141,6 +146,11 @@ impl<'a> Killer<'a> {
         self.ability
     }
 
+    /// A moment at which the process that serves was not attached yet, the last known.
+    pub(super) fn unattached(&self) -> Instant {
+        self.unattached
+    }
+
     /// Has a process serve the device.
     ///
     /// # Errors
@@ -152,6 +162,7 @@ impl<'a> Killer<'a> {
         }
         let attachments = self.attachments()?;
         let began = Instant::now();
+        self.unattached = began;
         self.running = Some(self.program.start(self.mdev.uuid(), false)?);
         self.wait_for_attachment(attachments)?;
         self.start = self.start.max(began.elapsed());
@@ -285,9 +296,11 @@ impl<'a> Killer<'a> {
     fn wait_for_attachment(&mut self, before: u64) -> Result<()> {
         let deadline = Instant::now() + time::patience();
         loop {
+            let asked = Instant::now();
             if self.attachments()? > before {
                 return Ok(());
             }
+            self.unattached = asked;
             if let Some(running) = &mut self.running
                 && let Some(status) = running.0.try_wait()?
             {
