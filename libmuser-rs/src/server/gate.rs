@@ -27,13 +27,25 @@ struct State {
     alone: Option<ThreadId>,
     /// How many want to be alone.
     waiting: usize,
+    /// How many accesses wait, for a test to see.
+    #[cfg(test)]
+    kept_out: usize,
 }
 
 impl Gate {
     /// Goes in together with others.
     pub(crate) fn enter(&self) -> Passage<'_> {
         let shut = |state: &mut State| state.alone.is_some() || state.waiting > 0;
-        let mut state = self.wait_while(self.lock(), shut);
+        let mut state = self.lock();
+        #[cfg(test)]
+        {
+            state.kept_out += 1;
+        }
+        state = self.wait_while(state, shut);
+        #[cfg(test)]
+        {
+            state.kept_out -= 1;
+        }
         state.inside.push(thread::current().id());
         Passage {
             gate: self,
@@ -136,17 +148,32 @@ impl Drop for Quiesced {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::Barrier;
+    use std::time::{Duration, Instant};
+
+    /// Waits until other threads have come so far at the gate.
+    fn wait_until(gate: &Gate, mut is_so: impl FnMut(&State) -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !is_so(&gate.lock()) {
+            assert!(Instant::now() < deadline, "it did not come to be");
+            thread::yield_now();
+        }
+    }
 
     #[test]
     fn many_go_in_together() {
+        const THREADS: usize = 4;
         let gate = Gate::default();
-
-        let first = gate.enter();
+        // Nobody passes it who is not in together with all others.
+        let together = Barrier::new(THREADS);
         thread::scope(|scope| {
-            scope.spawn(|| drop(gate.enter()));
+            for _ in 0..THREADS {
+                scope.spawn(|| {
+                    let _passage = gate.enter();
+                    together.wait();
+                });
+            }
         });
-
-        drop(first);
         assert!(gate.lock().inside.is_empty());
     }
 
@@ -154,29 +181,52 @@ mod tests {
     fn who_is_alone_is_alone() {
         const THREADS: usize = 4;
         let gate = Gate::default();
-        let (inside, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let (inside, alone) = (AtomicUsize::new(0), AtomicUsize::new(0));
         thread::scope(|scope| {
             for _ in 0..THREADS {
                 scope.spawn(|| {
                     for round in 0..500 {
-                        let alone = round % 7 == 0;
-                        let passage = if alone {
+                        let alone_here = round % 7 == 0;
+                        let passage = if alone_here {
                             gate.enter_alone()
                         } else {
                             gate.enter()
                         };
                         let others = inside.fetch_add(1, Ordering::SeqCst);
-                        most.fetch_max(others + 1, Ordering::SeqCst);
-                        assert!(!alone || others == 0);
+                        let lonely = alone.fetch_add(alone_here.into(), Ordering::SeqCst);
+                        // Nobody is in with who is alone, whoever was there first.
+                        assert!(!alone_here || others == 0);
+                        assert_eq!(lonely, 0);
                         thread::yield_now();
+                        alone.fetch_sub(alone_here.into(), Ordering::SeqCst);
                         inside.fetch_sub(1, Ordering::SeqCst);
                         drop(passage);
                     }
                 });
             }
         });
-        assert!(most.into_inner() <= THREADS);
         assert_eq!(gate.lock().waiting, 0);
+    }
+
+    #[test]
+    fn who_wants_to_be_alone_goes_before_later_accesses() {
+        let gate = Gate::default();
+        let order = Mutex::new(Vec::new());
+        let first = gate.enter();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let _passage = gate.enter_alone();
+                order.lock().unwrap().push("alone");
+            });
+            wait_until(&gate, |state| state.waiting == 1);
+            scope.spawn(|| {
+                let _passage = gate.enter();
+                order.lock().unwrap().push("access");
+            });
+            wait_until(&gate, |state| state.kept_out == 1);
+            drop(first);
+        });
+        assert_eq!(order.into_inner().unwrap(), ["alone", "access"]);
     }
 
     #[test]
@@ -203,12 +253,16 @@ mod tests {
                 let _passage = gate.enter();
                 entered.fetch_add(1, Ordering::SeqCst);
             });
-            // The other thread may or may not have come as far as the gate: in it is not.
-            thread::yield_now();
+            scope.spawn(|| {
+                let _passage = gate.enter_alone();
+                entered.fetch_add(1, Ordering::SeqCst);
+            });
+            // Both are at the gate, and nobody is in.
+            wait_until(&gate, |state| state.kept_out == 1 && state.waiting == 1);
             assert_eq!(entered.load(Ordering::SeqCst), 0);
             // It may be dropped in another thread than the one that made it.
             scope.spawn(move || drop(quiesced));
         });
-        assert_eq!(entered.load(Ordering::SeqCst), 1);
+        assert_eq!(entered.load(Ordering::SeqCst), 2);
     }
 }

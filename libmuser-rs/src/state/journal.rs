@@ -122,7 +122,24 @@ impl Journal {
     ///
     /// [`Error::is_refused`]: there is something else in it.
     pub(super) fn open(memory: SharedMemory, parts: Parts, initial: &[u8]) -> Result<(Self, bool)> {
-        let mut journal = Self {
+        Self::new(memory, parts).start(initial)
+    }
+
+    /// As [`open`](Self::open), with somebody who looks at the memory after each store.
+    #[cfg(test)]
+    pub(super) fn open_observed(
+        memory: SharedMemory,
+        parts: Parts,
+        initial: &[u8],
+        observer: super::tests::Observer,
+    ) -> Result<(Self, bool)> {
+        let mut journal = Self::new(memory, parts);
+        journal.observer = Some(observer);
+        journal.start(initial)
+    }
+
+    fn new(memory: SharedMemory, parts: Parts) -> Self {
+        Self {
             memory,
             parts,
             home: vec![0; parts.home()],
@@ -130,17 +147,20 @@ impl Journal {
             sealed: false,
             #[cfg(test)]
             observer: None,
-        };
-        if journal.memory.len() < parts.size() {
-            let (len, size) = (journal.memory.len(), parts.size());
+        }
+    }
+
+    fn start(mut self, initial: &[u8]) -> Result<(Self, bool)> {
+        let (len, size) = (self.memory.len(), self.parts.size());
+        if len < size {
             return Err(refused(format!("it has {len} bytes of {size}")));
         }
-        match journal.word(AT_MAGIC)? {
-            0 => journal.format(initial).map(|()| (journal, false)),
+        match self.word(AT_MAGIC)? {
+            0 => self.format(initial).map(|()| (self, false)),
             MAGIC => {
-                journal.check()?;
-                journal.recover()?;
-                Ok((journal, true))
+                self.check()?;
+                self.recover()?;
+                Ok((self, true))
             }
             _ => Err(refused("it is not libmuser's".into())),
         }

@@ -95,20 +95,22 @@ fn kill_at_any_store_of_the_first_start_starts_anew() {
     let observer = Observer::default();
     let memory = fresh();
     // Something is left of an earlier start, which was killed as well.
-    memory.write_bytes(64, &[0xee; 400]).unwrap();
-    open(&memory).unwrap();
-    let whole = content(&memory);
-    for cut in (8..whole.len()).step_by(97) {
-        let mut bytes = vec![0; whole.len()];
-        bytes[8..cut].copy_from_slice(&whole[8..cut]);
-        observer.see(&memory_of(&bytes));
-    }
+    memory.write_bytes(8, &[0xee; 400]).unwrap();
+    Journal::open_observed(memory, PARTS, &[1; 100], observer.clone()).unwrap();
 
-    for bytes in observer.take() {
-        let (store, recovered) = open(&memory_of(&bytes)).unwrap();
+    let images = observer.take();
+    let (last, before) = images.split_last().unwrap();
+    assert!(before.len() > PARTS.size() / 16, "{}", before.len());
+    for bytes in before {
+        let (store, recovered) = open(&memory_of(bytes)).unwrap();
         assert!(!recovered);
+        assert_eq!(store.library(), [1; 100]);
         assert_eq!(store.author(), [0; 300]);
     }
+    // With the last store, which is that of the magic, everything is there.
+    let store = recover(last);
+    assert_eq!(store.library(), [1; 100]);
+    assert_eq!(store.author(), [0; 300]);
 }
 
 #[test]
