@@ -2,7 +2,10 @@
 //! What this binary does as a helper: one side of a device in a process of its own, for tests that
 //! kill it. A helper writes a line for each thing that happened.
 
+use std::fs::File;
 use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use anyhow::{bail, Context, Result};
@@ -14,7 +17,7 @@ use crate::node::{Description, Server};
 use crate::rig::{pattern, Guest, BASE};
 use crate::service::{ram, Service};
 use crate::sys::{self, Mapping, PAGE};
-use crate::vfio::{Client, Road, DMA_BOTH};
+use crate::vfio::{log_start, Client, Road, DMA_BOTH};
 
 /// Runs as the helper that the arguments name.
 ///
@@ -38,6 +41,8 @@ pub fn run(arguments: &[String]) -> Result<()> {
             let road = Road::from_name(road).with_context(|| format!("no road {road}"))?;
             guest(road, uuid, pages.parse()?, limit.parse()?)
         }
+        ["sharer", "read", position] => read_of_shared(position.parse()?),
+        ["sharer", "log", iova, length] => log_of_shared(iova.parse()?, length.parse()?),
         ["client", road, uuid, rest @ ..] => {
             let road = Road::from_name(road).with_context(|| format!("no road {road}"))?;
             client(road, uuid, rest)
@@ -143,6 +148,28 @@ fn client(road: Road, uuid: &str, words: &[&str]) -> Result<()> {
         }
         _ => bail!("a client can't {words:?}"),
     }
+}
+
+/// Reads a word of a device that its parent has open, and that is its input: `ready`, then what came
+/// of it.
+fn read_of_shared(position: u64) -> Result<()> {
+    let device = File::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    let mut word = [0; 4];
+    println!("ready");
+    say("read", device.read_exact_at(&mut word, position));
+    Ok(())
+}
+
+/// Starts to log the DMA of a device that its parent has open, and that is its input: `ready`, then
+/// what came of it.
+fn log_of_shared(iova: u64, length: u64) -> Result<()> {
+    let page = PAGE as u64;
+    println!("ready");
+    say(
+        "logging",
+        log_start(std::io::stdin(), &[(iova, length)], page),
+    );
+    Ok(())
 }
 
 /// Acquires pages, and writes a word of its own to each by the window: `ready`; then takes requests

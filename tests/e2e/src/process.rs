@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Other processes: sides of a device that a test can kill, and programs whose output it reads.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -29,9 +30,13 @@ impl Process {
     ///
     /// Says which program could not be started, and why.
     pub fn start(command: &mut Command) -> Result<Self> {
+        Self::start_on(command, Stdio::piped())
+    }
+
+    fn start_on(command: &mut Command, input: Stdio) -> Result<Self> {
         let name = format!("{command:?}");
         command
-            .stdin(Stdio::piped())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut child = command
@@ -57,6 +62,17 @@ impl Process {
     /// As [`Process::start`].
     pub fn helper(arguments: &[&str]) -> Result<Self> {
         Self::start(Command::new("/proc/self/exe").arg(HELPER).args(arguments))
+    }
+
+    /// Starts this binary as a helper whose standard input is a file of this process's.
+    ///
+    /// # Errors
+    ///
+    /// As [`Process::start`].
+    pub fn helper_on(file: &File, arguments: &[&str]) -> Result<Self> {
+        let mut command = Command::new("/proc/self/exe");
+        let input = file.try_clone()?.into();
+        Self::start_on(command.arg(HELPER).args(arguments), input)
     }
 
     /// Its process id.

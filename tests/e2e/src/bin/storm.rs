@@ -2,17 +2,18 @@
 //! `storm`: kills a device's process under its clients, and accounts for every operation.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use muser_e2e::random;
-use muser_e2e::storm::{Program, Storm};
+use muser_e2e::storm::{self, Program, Storm};
 use muser_e2e::vfio::Road;
 
-const USAGE: &str =
-    "storm [--kills N] [--seed S] [--road group|cdev|compat] [--device PROGRAM] [--restarts N]";
+const USAGE: &str = "storm [--kills N] [--seed S] [--road group|cdev|compat] [--device PROGRAM] \
+                     [--restarts N] [--deadline SECONDS]";
 
 fn main() -> ExitCode {
-    match storm() {
+    match run() {
         Ok(good) if good => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
@@ -22,7 +23,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn storm() -> Result<bool> {
+fn run() -> Result<bool> {
     let outcome = parse()?.run()?;
     println!("{outcome}");
     Ok(outcome.is_good())
@@ -35,6 +36,7 @@ fn parse() -> Result<Storm> {
         road: Road::Group,
         program: Program("counter".to_owned()),
         restarts: 20,
+        deadline: storm::deadline(),
     };
     let mut words = std::env::args().skip(1);
     while let Some(option) = words.next() {
@@ -49,6 +51,7 @@ fn parse() -> Result<Storm> {
             }
             "--device" => storm.program = Program(value),
             "--restarts" => storm.restarts = value.parse()?,
+            "--deadline" => storm.deadline = Duration::from_secs(value.parse()?),
             _ => bail!("{option}? {USAGE}"),
         }
     }

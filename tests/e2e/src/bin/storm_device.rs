@@ -3,9 +3,11 @@
 
 use std::process::ExitCode;
 
-use anyhow::{bail, Result};
-use muser_e2e::storm::stand_in;
+use anyhow::{bail, Context, Result};
+use muser_e2e::storm::stand_in::{self, Fault};
 use muser_e2e::sys;
+
+const USAGE: &str = "storm-device --uuid UUID [--take-over] [--fault double|lose|silent]";
 
 fn main() -> ExitCode {
     match run() {
@@ -18,16 +20,24 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    let words: Vec<String> = std::env::args().skip(1).collect();
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    match words.as_slice() {
-        ["--uuid", uuid] => serve(uuid, false),
-        ["--uuid", uuid, "--take-over"] => serve(uuid, true),
-        _ => bail!("storm-device --uuid UUID [--take-over]"),
+    let mut uuid = None;
+    let mut take_over = false;
+    let mut fault = Fault::None;
+    let mut words = std::env::args().skip(1);
+    while let Some(option) = words.next() {
+        match &*option {
+            "--uuid" => uuid = words.next(),
+            "--take-over" => take_over = true,
+            "--fault" => {
+                fault = words
+                    .next()
+                    .as_deref()
+                    .and_then(Fault::from_name)
+                    .context(USAGE)?
+            }
+            _ => bail!("{option}? {USAGE}"),
+        }
     }
-}
-
-fn serve(uuid: &str, take_over: bool) -> Result<()> {
     sys::die_with_parent()?;
-    stand_in::run(uuid, take_over)
+    stand_in::run(&uuid.context(USAGE)?, take_over, fault)
 }

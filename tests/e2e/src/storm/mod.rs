@@ -47,6 +47,13 @@ pub struct Storm {
     pub program: Program,
     /// How often the time from an attachment to the first answer is measured.
     pub restarts: u32,
+    /// How long an operation may take before it counts as stuck.
+    pub deadline: Duration,
+}
+
+/// How long an operation may take where nothing else is asked for.
+pub fn deadline() -> Duration {
+    time::patience() * 3
 }
 
 /// What the device and the kernel can do, beside what all can.
@@ -177,7 +184,7 @@ impl Storm {
     ) -> Result<Outcome> {
         let ability = killer.ability();
         let interrupts = client.enable_irqs(VECTORS, 0, LANE_COUNT)?;
-        let deadline = time::patience() * 3;
+        let deadline = self.deadline;
         let tally = Tally::default();
         let over = AtomicBool::new(false);
         // By lane: when its present operation began, in milliseconds from the start and never 0;

@@ -10,6 +10,7 @@
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{fence, Ordering};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use muser_uapi::*;
@@ -33,6 +34,40 @@ const HEARD: usize = LANE - 8;
 /// Threads that serve.
 const THREADS: usize = 2;
 
+/// What a stand-in does wrong with a request that a process before it has left: so that it can be
+/// seen that a storm notices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing.
+    None,
+    /// It takes the request for a new one.
+    Double,
+    /// It takes the request for one that was done.
+    Lose,
+    /// It answers none.
+    Silent,
+}
+
+impl Fault {
+    /// The fault of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "double" => Some(Self::Double),
+            "lose" => Some(Self::Lose),
+            "silent" => Some(Self::Silent),
+            _ => None,
+        }
+    }
+
+    /// Makes requests take a while on one side of their effect, where there is a fault to be hit by
+    /// a kill: a process that does nothing but its work is hardly ever killed in just that place.
+    fn dawdle(self, sides: &[Self]) {
+        if sides.contains(&self) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
 /// One version of a lane's state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Version {
@@ -47,15 +82,18 @@ struct Version {
 
 /// The lanes' state in device memory.
 #[derive(Debug)]
-struct Lanes(Mapping);
+struct Lanes {
+    memory: Mapping,
+    fault: Fault,
+}
 
 impl Lanes {
     fn load(&self, lane: u32) -> Version {
         let at = lane as usize * LANE;
-        let valid: u64 = self.0.read(at);
+        let valid: u64 = self.memory.read(at);
         fence(Ordering::Acquire);
         let at = at + 8 + VERSION * (valid & 1) as usize;
-        let word = |i: usize| self.0.read::<u64>(at + 8 * i);
+        let word = |i: usize| self.memory.read::<u64>(at + 8 * i);
         Version {
             counter: word(0),
             address: word(1),
@@ -67,7 +105,7 @@ impl Lanes {
 
     fn store(&self, lane: u32, version: Version) {
         let at = lane as usize * LANE;
-        let other = self.0.read::<u64>(at) & 1 ^ 1;
+        let other = self.memory.read::<u64>(at) & 1 ^ 1;
         let to = at + 8 + VERSION * other as usize;
         let Version {
             counter,
@@ -80,31 +118,44 @@ impl Lanes {
             .into_iter()
             .enumerate()
         {
-            self.0.write(to + 8 * i, word);
+            self.memory.write(to + 8 * i, word);
         }
         // What holds is written after what it says.
         fence(Ordering::Release);
-        self.0.write(at, other);
+        self.memory.write(at, other);
     }
 
     fn heard(&self, lane: u32) -> u32 {
-        self.0.read(lane as usize * LANE + HEARD)
+        self.memory.read(lane as usize * LANE + HEARD)
     }
 
     fn hear(&self, lane: u32, value: u32) {
-        self.0.write(lane as usize * LANE + HEARD, value);
+        self.memory.write(lane as usize * LANE + HEARD, value);
     }
 
     /// Changes a lane once for a request, and says what to answer each time it is asked.
-    fn once(&self, lane: u32, request: u64, change: impl FnOnce(&mut Version) -> u64) -> u64 {
+    fn once(
+        &self,
+        lane: u32,
+        request: &muser_slot,
+        change: impl FnOnce(&mut Version) -> u64,
+    ) -> u64 {
         let mut version = self.load(lane);
-        if version.changed == 1 && version.last == request {
+        let again = request.flags & MUSER_REQUEST_REPLAY != 0;
+        let done = match self.fault {
+            Fault::Double => false,
+            Fault::Lose if again => true,
+            _ => version.changed == 1 && version.last == request.id,
+        };
+        if done {
             return version.answer;
         }
+        self.fault.dawdle(&[Fault::Lose, Fault::Silent]);
         version.answer = change(&mut version);
-        version.last = request;
+        version.last = request.id;
         version.changed = 1;
         self.store(lane, version);
+        self.fault.dawdle(&[Fault::Double]);
         version.answer
     }
 }
@@ -153,12 +204,15 @@ fn attach(mdev: &Mdev, take_over: bool) -> Result<(Server, bool)> {
 /// # Errors
 ///
 /// What failed.
-pub fn run(uuid: &str, take_over: bool) -> Result<()> {
+pub fn run(uuid: &str, take_over: bool, fault: Fault) -> Result<()> {
     // Whoever created the device removes it.
     let mdev = std::mem::ManuallyDrop::new(Mdev::adopt(uuid));
     let (server, doorbells) = attach(&mdev, take_over)?;
     let server = Arc::new(server);
-    let lanes = Arc::new(Lanes(server.node().map(STATE, 0, PAGE)?));
+    let lanes = Arc::new(Lanes {
+        memory: server.node().map(STATE, 0, PAGE)?,
+        fault,
+    });
     if doorbells {
         let (server, lanes) = (Arc::clone(&server), Arc::clone(&lanes));
         std::thread::spawn(move || {
@@ -207,6 +261,10 @@ fn serve(server: &Server, lanes: &Lanes) -> Result<()> {
             Err(errno) => anyhow::bail!("NEXT: {}", crate::check::errno_name(errno)),
         }
         let request = server.request(next.slot);
+        if lanes.fault == Fault::Silent && request.head.flags & MUSER_REQUEST_REPLAY != 0 {
+            next.flags = MUSER_NEXT_TAKE;
+            continue;
+        }
         let result = match answer(server, lanes, &request) {
             Reply::Data(data) => {
                 server.set_data(next.slot, &data);
@@ -246,7 +304,7 @@ fn answer(server: &Server, lanes: &Lanes, request: &Request) -> Reply {
     if head.kind == MUSER_REQUEST_READ {
         let value = match register {
             VALUE => lanes.load(lane).counter,
-            FETCH_ADD => lanes.once(lane, head.id, |version| {
+            FETCH_ADD => lanes.once(lane, head, |version| {
                 let before = version.counter;
                 version.counter = before.wrapping_add(1);
                 before
@@ -265,19 +323,19 @@ fn answer(server: &Server, lanes: &Lanes, request: &Request) -> Reply {
     let value = u64::from_le_bytes(bytes);
     match register {
         ADD => {
-            lanes.once(lane, head.id, |version| {
+            lanes.once(lane, head, |version| {
                 version.counter = version.counter.wrapping_add(value);
                 0
             });
         }
         ADDRESS => {
-            lanes.once(lane, head.id, |version| {
+            lanes.once(lane, head, |version| {
                 version.address = value;
                 0
             });
         }
         GO => {
-            if let Err(error) = go(server, lanes, lane, head.id, value) {
+            if let Err(error) = go(server, lanes, lane, head, value) {
                 eprintln!("stand-in: GO: {error}");
                 return Reply::Error(errno_of(&error).max(1));
             }
@@ -288,10 +346,16 @@ fn answer(server: &Server, lanes: &Lanes, request: &Request) -> Reply {
 }
 
 /// Everything but the addition may happen again: it then writes and raises the same.
-fn go(server: &Server, lanes: &Lanes, lane: u32, id: u64, value: u64) -> std::io::Result<()> {
+fn go(
+    server: &Server,
+    lanes: &Lanes,
+    lane: u32,
+    head: &muser_slot,
+    value: u64,
+) -> std::io::Result<()> {
     let address = lanes.load(lane).address;
     let add = |addend: u64| {
-        lanes.once(lane, id, |version| {
+        lanes.once(lane, head, |version| {
             version.counter = version.counter.wrapping_add(addend);
             version.counter
         })
@@ -330,11 +394,7 @@ fn listen(server: &Server, lanes: &Lanes) -> Result<()> {
     };
     sys::ioctl(server.node(), MUSER_DOORBELL, &mut doorbell).context("MUSER_DOORBELL")?;
     loop {
-        sys::poll(
-            event.as_fd(),
-            libc::POLLIN,
-            std::time::Duration::from_secs(3600),
-        )?;
+        sys::poll(event.as_fd(), libc::POLLIN, Duration::from_secs(3600))?;
         if event.take()? == 0 {
             continue;
         }

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Dirty logging: what the device writes to the client's memory, it tells who asks.
 
-use anyhow::Result;
+use anyhow::{ensure, Result};
 use muser_e2e::check::{equal, fails_as, works};
+use muser_e2e::mdev::{Mdev, Type};
+use muser_e2e::node::{Description, Server};
+use muser_e2e::process::Process;
 use muser_e2e::rig::{DmaRig, BASE};
-use muser_e2e::sys::{Mapping, PAGE};
-use muser_e2e::vfio::{logging_lacking, Road, DMA_BOTH};
+use muser_e2e::sys::{Mapping, Unanswered, PAGE};
+use muser_e2e::time;
+use muser_e2e::vfio::{logging_lacking, Client, Road, DMA_BOTH};
 use muser_uapi::*;
 
 use super::topic;
@@ -20,6 +24,7 @@ topic!("dma_dirty", dma: [
     page_that_was_unmapped_is_still_reported,
     nothing_is_reported_when_nothing_is_logged,
     log_ends_with_the_client,
+    start_that_waits_for_an_acquire_can_be_killed,
 ]);
 
 /// The tests of this topic, where they can be run.
@@ -214,4 +219,33 @@ fn log_ends_with_the_client(road: Road) -> Result<()> {
     reports(&rig, "what the client before left", &[])?;
     works("writing", rig.node().dma_write(BASE + 4096, &[1; 8]))?;
     reports(&rig, "after a write", &[1])
+}
+
+fn start_that_waits_for_an_acquire_can_be_killed(road: Road) -> Result<()> {
+    if road == Road::Group {
+        // type1 pins without leave to wait for a fault, so no acquire makes anybody wait.
+        return Ok(());
+    }
+    let mdev = Mdev::create(Type::Pci)?;
+    drop(Server::attach(&mdev, &Description::pci())?);
+    let slow = works("userfaultfd", Unanswered::new(4 * PAGE))?;
+    let client = Client::open(&mdev, road)?;
+    works("mapping", client.dma_map(slow.memory(), BASE, DMA_BOTH))?;
+    let base = BASE.to_string();
+    let mut process = Process::helper(&["pin", mdev.uuid(), &base, "4"])?;
+    let touched = works("poll", slow.wait_for_touch(time::patience()))?;
+    ensure!(touched, "the acquire did not touch the client's memory");
+    let mut logger = Process::helper_on(client.file(), &["sharer", "log", &base, "16384"])?;
+    logger.expect("ready")?;
+    logger.wait_for_sleep()?;
+    logger.kill()?;
+    equal("what it said", logger.drain(), Vec::new())?;
+    process.kill()?;
+    works("answering the fault", slow.answer())?;
+    // Whoever was killed has left neither a log nor a lock.
+    works(
+        "starting the log",
+        client.log_start(&[(BASE, 4 * 4096)], 4096),
+    )?;
+    works("stopping it", client.log_stop())
 }

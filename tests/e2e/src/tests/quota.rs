@@ -30,6 +30,7 @@ topic!("quota", once: [
     successor_that_gives_up_gives_its_memory_back,
 ], roads: [
     max_requests_makes_clients_wait,
+    clients_that_wait_for_room_can_be_killed_and_stopped,
     max_requests_does_not_keep_the_reset_of_a_close,
 ]);
 
@@ -90,6 +91,73 @@ fn max_requests_makes_clients_wait(road: Road) -> Result<()> {
         }
         in_flight(0)
     })
+}
+
+/// Who is killed may have been woken for the room that there was: then another one needs to be.
+fn clients_that_wait_for_room_can_be_killed_and_stopped(road: Road) -> Result<()> {
+    const ROUNDS: u32 = 8;
+    let bare = Bare::new()?;
+    let server = &bare.server;
+    works("limit", bare.mdev.set_attribute("max_requests", "1"))?;
+    let client = bare.client(road)?;
+    let position = client.region_info(TRAPPED)?.offset.to_string();
+    let sharer = || -> Result<Process> {
+        let sharer = Process::helper_on(client.file(), &["sharer", "read", &position])?;
+        sharer.expect("ready")?;
+        sharer.wait_for_sleep()?;
+        Ok(sharer)
+    };
+    let in_flight = || {
+        server
+            .node()
+            .query()
+            .map(|query| query.queued + query.taken)
+    };
+    for round in 0..ROUNDS {
+        process::scope(|scope| {
+            let client = &client;
+            let read = || scope.spawn(move || client.read_u32(TRAPPED, 4));
+            let mut reads = vec![read()];
+            let first = works("take", server.take())?;
+            // The first to wait is the first to be woken.
+            let mut killed = sharer()?;
+            let mut stopped = sharer()?;
+            reads.extend([read(), read()]);
+            stopped.signal(libc::SIGSTOP)?;
+            equal("in flight", in_flight()?, 1)?;
+            if round % 2 == 0 {
+                works("reply", server.reply(first.slot, 0))?;
+                killed.kill()?;
+            } else {
+                killed.kill()?;
+                equal("in flight after the kill", in_flight()?, 1)?;
+                works("reply", server.reply(first.slot, 0))?;
+            }
+            // The one that is stopped stops when it has its answer.
+            time::until("the others getting through", || {
+                if let Ok(request) = server.try_take() {
+                    // It may be that of who was killed.
+                    let _ = server.reply(request.slot, 0);
+                }
+                reads.iter().all(|read| read.is_finished())
+                    && in_flight().is_ok_and(|count| count == 0)
+            })?;
+            for read in reads {
+                let value = read.join().map_err(|_| anyhow!("a client panicked"))?;
+                works("read", value)?;
+            }
+            stopped.signal(libc::SIGCONT)?;
+            time::until("the one that was stopped getting through", || {
+                if let Ok(request) = server.try_take() {
+                    let _ = server.reply(request.slot, 0);
+                }
+                matches!(stopped.wait_within(std::time::Duration::ZERO), Ok(Some(_)))
+            })?;
+            stopped.expect("read")?;
+            equal("in flight at the end", in_flight()?, 0)
+        })?;
+    }
+    Ok(())
 }
 
 fn max_requests_does_not_keep_the_reset_of_a_close(road: Road) -> Result<()> {

@@ -2,6 +2,7 @@
 //! Dirty logging, which a client asks for before it migrates: `VFIO_DEVICE_FEATURE_DMA_LOGGING_*`.
 
 use std::io;
+use std::os::fd::AsFd;
 
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT, VFIO_DEVICE_FEATURE_DMA_LOGGING_START,
@@ -41,18 +42,7 @@ impl Client {
     ///
     /// The errno of the ioctl.
     pub fn log_start(&self, ranges: &[(u64, u64)], page_size: u64) -> io::Result<u64> {
-        let table: Vec<u64> = ranges
-            .iter()
-            .flat_map(|&(iova, length)| [iova, length])
-            .collect();
-        // `struct vfio_device_feature_dma_logging_control`: page_size, num_ranges, reserved, ranges.
-        let control = [
-            page_size,
-            ranges.len() as u64,
-            table.as_ptr().expose_provenance() as u64,
-        ];
-        let start = VFIO_DEVICE_FEATURE_DMA_LOGGING_START | VFIO_DEVICE_FEATURE_SET;
-        Ok(feature(self, start, &control)?[0])
+        log_start(self, ranges, page_size)
     }
 
     /// The pages of a range that were written since the log began or since the last report.
@@ -87,8 +77,28 @@ impl Client {
     }
 }
 
+/// [`Client::log_start`] of a device that another process may have opened.
+///
+/// # Errors
+///
+/// The errno of the ioctl.
+pub fn log_start(device: impl AsFd, ranges: &[(u64, u64)], page_size: u64) -> io::Result<u64> {
+    let table: Vec<u64> = ranges
+        .iter()
+        .flat_map(|&(iova, length)| [iova, length])
+        .collect();
+    // `struct vfio_device_feature_dma_logging_control`: page_size, num_ranges, reserved, ranges.
+    let control = [
+        page_size,
+        ranges.len() as u64,
+        table.as_ptr().expose_provenance() as u64,
+    ];
+    let start = VFIO_DEVICE_FEATURE_DMA_LOGGING_START | VFIO_DEVICE_FEATURE_SET;
+    Ok(feature(device, start, &control)?[0])
+}
+
 /// `VFIO_DEVICE_FEATURE` with data; the data as the kernel left it.
-fn feature(client: &Client, flags: u32, data: &[u64]) -> io::Result<Vec<u64>> {
+fn feature(client: impl AsFd, flags: u32, data: &[u64]) -> io::Result<Vec<u64>> {
     // `struct vfio_device_feature`: argsz, flags, then the data.
     let mut bytes = vec![0; 8 + data.len() * 8];
     let size = bytes.len() as u32;

@@ -14,7 +14,7 @@ mod road;
 
 pub use abi::*;
 pub use client::{Area, Client, IrqInfo, RegionInfo};
-pub use dirty::{logging_lacking, DirtyPages};
+pub use dirty::{log_start, logging_lacking, DirtyPages};
 pub use dma::{AddressSpace, DMA_BOTH, DMA_READ, DMA_WRITE};
 pub use irq::{IrqData, IrqSet};
 pub use road::{open_rw, Road};
