@@ -197,19 +197,27 @@ impl<'a> Arrays<'a> {
         Ok(())
     }
 
-    /// Says whether a client could tell this device from `other`, and by which array.
+    /// Says whether a client could tell this device from `other`, and by which element of `other`.
     pub(crate) fn differs(&self, other: &Arrays<'_>) -> Result<(), Fault> {
-        if self.regions != other.regions {
-            return Err(Fault::new(MUSER_FAULT_DIFFERS, 0));
-        }
-        if self.areas != other.areas {
-            return Err(Fault::new(MUSER_FAULT_DIFFERS, 1));
-        }
-        if self.irqs != other.irqs {
-            return Err(Fault::new(MUSER_FAULT_DIFFERS, 2));
+        let arrays = [
+            first_difference(self.regions, other.regions),
+            first_difference(self.areas, other.areas),
+            first_difference(self.irqs, other.irqs),
+        ];
+        for (kind, position) in arrays.into_iter().enumerate() {
+            if let Some(position) = position {
+                return Err(Fault::new(MUSER_FAULT_DIFFERS, kind << 16 | position));
+            }
         }
         Ok(())
     }
+}
+
+/// Where two arrays first differ: at the end of the shorter one, if not before.
+fn first_difference<T: PartialEq>(one: &[T], other: &[T]) -> Option<usize> {
+    let differing = one.iter().zip(other).position(|(one, other)| one != other);
+    let shorter = one.len().min(other.len());
+    differing.or((one.len() != other.len()).then_some(shorter))
 }
 
 /// Checks the areas of one region; `first` is the place of the first one in the whole array.

@@ -173,8 +173,9 @@
 
 /*
  * `ESTALE`: the device was described before, and differently. A guest's device must not change
- * under it: remove the device and create it again. `fault_index` is 0 for the regions, 1 for the
- * areas, 2 for the interrupts.
+ * under it: remove the device and create it again. `fault_index` says what differs first: in its
+ * upper 16 bits 0 for the regions, 1 for the areas, 2 for the interrupts; in its lower ones the
+ * position in that array, which is the array's length if the device had more.
  */
 #define MUSER_FAULT_DIFFERS 18u
 

@@ -73,6 +73,11 @@ fn server_with_another_device_is_refused() {
 
     assert!(error.is_refused() && !error.is_busy(), "{error}");
     assert_eq!(error.errno().number(), libc::ESTALE);
+    let text = error.to_string();
+    assert!(
+        text.contains("BAR 0 was described with another size"),
+        "{text}"
+    );
 }
 
 #[test]

@@ -181,8 +181,9 @@ pub const MUSER_FAULT_ATTACHED: u32 = 16;
 /// `EISCONN`: this file is attached already.
 pub const MUSER_FAULT_ATTACHED_SELF: u32 = 17;
 /// `ESTALE`: the device was described before, and differently. A guest's device must not change
-/// under it: remove the device and create it again. `fault_index` is 0 for the regions, 1 for the
-/// areas, 2 for the interrupts.
+/// under it: remove the device and create it again. `fault_index` says what differs first: in its
+/// upper 16 bits 0 for the regions, 1 for the areas, 2 for the interrupts; in its lower ones the
+/// position in that array, which is the array's length if the device had more.
 pub const MUSER_FAULT_DIFFERS: u32 = 18;
 /// `EINVAL`: a PCI device lacks its config space (region `VFIO_PCI_CONFIG_REGION_INDEX`).
 pub const MUSER_FAULT_NO_CONFIG: u32 = 19;

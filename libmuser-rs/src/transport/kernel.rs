@@ -16,13 +16,14 @@ use nix::errno::Errno as Number;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use vm_memory::Bytes;
 
+use super::difference::region_name;
 use super::{
     AreaMemory, AttachOptions, Attachment, Description, Operation, Reply, Request, RequestId, Take,
     Token, Transport, Trigger,
 };
 use crate::error::{Error, Result};
 use crate::memory::SharedMemory;
-use crate::region::{AreaKind, Region};
+use crate::region::AreaKind;
 use crate::sys::{self, Mapping};
 
 mod dma;
@@ -443,10 +444,6 @@ fn encode(description: &Description) -> (Vec<muser_region>, Vec<muser_area>, Vec
 fn slots_for(threads: usize) -> u32 {
     let slots = u32::try_from(threads.saturating_add(1)).unwrap_or(u32::MAX);
     slots.clamp(MUSER_DEFAULT_SLOTS, MUSER_MAX_SLOTS)
-}
-
-fn region_name(index: u32) -> String {
-    Region::from_index(index).map_or_else(|| format!("region {index}"), |region| region.to_string())
 }
 
 fn size_of_u32<T>() -> u32 {

@@ -17,6 +17,7 @@ use crate::error::{Errno, Result};
 use crate::memory::SharedMemory;
 use crate::region::{Area, AreaKind, RegionInfo};
 
+mod difference;
 pub(crate) mod dma;
 pub mod kernel;
 pub mod memory;

@@ -162,7 +162,7 @@ fn pci_device_shows_all_indexes_of_its_bus() {
 }
 
 #[test]
-fn different_device_is_told_by_array() {
+fn different_device_is_told_by_its_first_difference() {
     let good = Sample::good();
     let differs = |spoil: fn(&mut Sample)| {
         let mut other = Sample::good();
@@ -170,19 +170,25 @@ fn different_device_is_told_by_array() {
         good.arrays().differs(&other.arrays())
     };
 
+    let at = |kind: usize, position| Err(Fault::new(MUSER_FAULT_DIFFERS, kind << 16 | position));
+
     assert_eq!(differs(|_| {}), Ok(()));
-    assert_eq!(
-        differs(|s| s.regions[1].size = 101),
-        Err(Fault::new(MUSER_FAULT_DIFFERS, 0))
-    );
-    assert_eq!(
-        differs(|s| s.areas[0].size = 1),
-        Err(Fault::new(MUSER_FAULT_DIFFERS, 1))
-    );
-    assert_eq!(
-        differs(|s| s.irqs[0].count = 2),
-        Err(Fault::new(MUSER_FAULT_DIFFERS, 2))
-    );
+    assert_eq!(differs(|s| s.regions[0].flags = 1), at(0, 0));
+    assert_eq!(differs(|s| s.regions[1].size = 101), at(0, 1));
+    assert_eq!(differs(|s| s.regions.truncate(2)), at(0, 2));
+    assert_eq!(differs(|s| s.regions.push(region(8, 1, 0))), at(0, 3));
+    assert_eq!(differs(|s| s.areas[0].size = 1), at(1, 0));
+    assert_eq!(differs(|s| s.areas[1].offset = PAGE), at(1, 1));
+    assert_eq!(differs(|s| s.areas.clear()), at(1, 0));
+    assert_eq!(differs(|s| s.irqs[0].count = 2), at(2, 0));
+    assert_eq!(differs(|s| s.irqs[1].flags = 0), at(2, 1));
+    assert_eq!(differs(|s| s.irqs.push(irq(4, 1))), at(2, 2));
+    // The first of several.
+    let several = |s: &mut Sample| {
+        s.irqs.clear();
+        s.areas[1].size = PAGE;
+    };
+    assert_eq!(differs(several), at(1, 1));
 }
 
 #[test]

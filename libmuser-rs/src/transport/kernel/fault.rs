@@ -4,8 +4,8 @@
 use muser_uapi::*;
 use nix::errno::Errno as Number;
 
-use super::region_name;
-use crate::region::{Area, RegionInfo};
+use crate::region::RegionInfo;
+use crate::transport::difference::{name_area, region_name, Difference};
 use crate::transport::{Description, STATE_DIFFERS};
 
 /// A sentence for the fault of a `MUSER_ATTACH` that failed with `errno`.
@@ -16,7 +16,7 @@ pub(super) fn sentence(attach: &muser_attach, description: &Description, errno: 
         Some(irq) => format!("interrupt index {}", irq.index),
         None => "an interrupt index".into(),
     };
-    let area = || name_area(description, index);
+    let area = || name_area(description, index).unwrap_or_else(|| format!("area {index}"));
     match attach.fault {
         MUSER_FAULT_VERSION => format!(
             "the module speaks version {} of the ABI, this program version {MUSER_ABI_VERSION}",
@@ -52,13 +52,10 @@ pub(super) fn sentence(attach: &muser_attach, description: &Description, errno: 
         MUSER_FAULT_IRQ_COUNT => format!("{}: it has no vectors, or too many", irq()),
         MUSER_FAULT_ATTACHED => "another process serves it already".into(),
         MUSER_FAULT_ATTACHED_SELF => "this process serves it already".into(),
-        MUSER_FAULT_DIFFERS => {
-            let what = ["regions", "areas", "interrupts"];
-            format!(
-                "it was described with other {} before; remove it and create it again",
-                what.get(index).unwrap_or(&"properties")
-            )
-        }
+        MUSER_FAULT_DIFFERS => match difference(attach.fault_index) {
+            Some(difference) => difference.sentence(description),
+            None => "it was described differently before".into(),
+        },
         MUSER_FAULT_NO_CONFIG => "it has no configuration space".into(),
         MUSER_FAULT_MEMORY => "its mappable areas exceed the device's attribute max_memory".into(),
         MUSER_FAULT_STATE => "its state exceeds the device's attribute max_state".into(),
@@ -76,33 +73,28 @@ fn name_region(region: Option<&RegionInfo>) -> String {
     region.map_or_else(|| "a region".into(), |region| region_name(region.index))
 }
 
-/// Names an area by its number in its region, where the fault counts those of all regions.
-fn name_area(description: &Description, index: usize) -> String {
-    let mut number = index;
-    for region in &description.regions {
-        match region.areas.get(number) {
-            Some(Area { offset, .. }) => {
-                return format!(
-                    "{}: area {number} at {offset:#x}",
-                    region_name(region.index)
-                );
-            }
-            None => number -= region.areas.len(),
-        }
+/// What `fault_index` of `MUSER_FAULT_DIFFERS` says.
+fn difference(index: u32) -> Option<Difference> {
+    let position = (index & 0xffff) as usize;
+    match index >> 16 {
+        0 => Some(Difference::Region(position)),
+        1 => Some(Difference::Area(position)),
+        2 => Some(Difference::Irq(position)),
+        _ => None,
     }
-    format!("area {index}")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Bar, PciBuilder};
+    use crate::{Bar, PciBuilder, Pin};
 
     fn description() -> Description {
         let builder = PciBuilder::new(1, 2).bar(0, Bar::memory32(1 << 20).mappable(0..0x1000));
         let bar = Bar::memory32(1 << 20)
             .mappable(0..0x1000)
             .mappable(0x2000..0x3000);
+        let builder = builder.interrupt_pin(Pin::A);
         builder.bar(2, bar).build().unwrap().description().clone()
     }
 
@@ -125,6 +117,18 @@ mod tests {
     #[test]
     fn region_is_named_as_pci_has_it() {
         assert!(sentence_of(MUSER_FAULT_REGION_SIZE, 2).starts_with("config space: "));
+    }
+
+    #[test]
+    fn what_differs_is_named() {
+        let sentence_at =
+            |kind: u32, position| sentence_of(MUSER_FAULT_DIFFERS, kind << 16 | position);
+
+        assert!(sentence_at(0, 1).starts_with("BAR 2 was described with another size"));
+        assert!(sentence_at(1, 2).starts_with("BAR 2: area 1 at 0x2000 was described"));
+        assert!(sentence_at(2, 0).starts_with("interrupt index 0 was described"));
+        assert!(sentence_at(0, 9).contains("with more regions before"));
+        assert!(sentence_at(3, 0).contains("differently"));
     }
 
     #[test]

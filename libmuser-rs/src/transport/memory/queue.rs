@@ -17,6 +17,7 @@ use super::irqs::Irqs;
 use crate::error::{Errno, Error, Result};
 use crate::memory::SharedMemory;
 use crate::region::AreaKind;
+use crate::transport::difference::Difference;
 use crate::transport::dma::DmaTable;
 use crate::transport::{
     AreaMemory, AttachOptions, Description, Operation, Reply, Request, RequestId, Take, Token,
@@ -292,12 +293,11 @@ impl Queue {
         if state.removed {
             return Err(Error::removed());
         }
-        let same = |device: &Described| *device.description == *description;
-        if !state.device.as_ref().is_none_or(same) {
-            return Err(Error::refused(
-                libc::ESTALE,
-                "it was described differently before",
-            ));
+        let described = state.device.as_ref().map(|device| &device.description);
+        let difference = described.and_then(|device| Difference::between(device, description));
+        if let Some(difference) = difference {
+            let message = difference.sentence(description);
+            return Err(Error::refused(libc::ESTALE, message));
         }
         let tags = [state.tag, options.state_tag];
         if !tags.contains(&0) && tags[0] != tags[1] {

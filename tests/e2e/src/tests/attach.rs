@@ -173,7 +173,7 @@ fn same_description_again_accepted() -> Result<()> {
 }
 
 /// Describes a device, goes away, and attaches with a changed description.
-fn stale(place: u32, change: impl FnOnce(&mut Description)) -> Result<()> {
+fn stale(kind: u32, place: u32, change: impl FnOnce(&mut Description)) -> Result<()> {
     let mdev = Mdev::create(Type::Pci)?;
     drop(Server::attach(&mdev, &Description::pci())?);
     let node = Node::open(&mdev)?;
@@ -182,31 +182,32 @@ fn stale(place: u32, change: impl FnOnce(&mut Description)) -> Result<()> {
         &changed(change),
         libc::ESTALE,
         MUSER_FAULT_DIFFERS,
-        Some(place),
+        Some(kind << 16 | place),
     )?;
     node.attach_raw(&Description::pci())?;
     Ok(())
 }
 
 fn other_regions_later_refused() -> Result<()> {
-    stale(0, |description| description.regions[0].size += 4096)?;
-    stale(0, |description| {
+    stale(0, 0, |description| description.regions[0].size += 4096)?;
+    stale(0, 0, |description| {
         description.regions.retain(|region| region.index != 0)
     })?;
-    stale(0, |description| {
+    stale(0, 3, |description| {
         description.regions[3].flags |= MUSER_REGION_WRITE
     })
 }
 
 fn other_areas_later_refused() -> Result<()> {
-    stale(1, |description| description.areas[0].size -= 4096)?;
-    stale(1, |description| description.areas[0].offset -= 4096)
+    stale(1, 0, |description| description.areas[0].size -= 4096)?;
+    stale(1, 0, |description| description.areas[0].offset -= 4096)?;
+    stale(1, 1, |description| description.areas[1].size -= 4096)
 }
 
 fn other_irqs_later_refused() -> Result<()> {
-    stale(2, |description| description.irqs[2].count += 1)?;
-    stale(2, |description| description.irqs.truncate(4))?;
-    stale(2, |description| {
+    stale(2, 2, |description| description.irqs[2].count += 1)?;
+    stale(2, 4, |description| description.irqs.truncate(4))?;
+    stale(2, 1, |description| {
         description.irqs[1].flags |= MUSER_IRQ_MASKABLE
     })
 }
