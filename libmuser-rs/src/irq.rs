@@ -107,7 +107,11 @@ impl Shared {
             .fold(Ok(()), Result::and);
         image.clear();
         function.save(image);
-        (result, sent.and(self.store.save_library(image, done)))
+        let saved = self.store.save_library(image, done).map_err(|error| {
+            let message = format!("the state of the function was not saved: {error}");
+            Error::new(error.errno(), message)
+        });
+        (result, sent.and(saved))
     }
 
     fn send(&self, signal: Signal) -> Result<()> {

@@ -3,13 +3,17 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
 
+use std::thread::{self, JoinHandle};
+
+use libmuser::transport::{memory, MemoryTransport};
 use libmuser::{
-    Bar, Errno, Error, Express, Msi, Msix, PciBuilder, Pin, PowerManagement, Reset, Width,
+    Bar, Ended, Errno, Error, Express, Moment, Msi, Msix, PciBuilder, Pin, PowerManagement, Reset,
+    Result, Server, Stop, Width,
 };
 use proptest::prelude::*;
 
 mod common;
-use common::{errno, low_byte, Event, Running, CONFIG};
+use common::{errno, low_byte, Event, Recorder, Running, CONFIG};
 
 fn small() -> PciBuilder {
     PciBuilder::new(0x1234, 0x5678).bar(0, Bar::memory32(0x100))
@@ -235,6 +239,46 @@ fn function_level_reset_reaches_the_device() {
         running.recorder.take_events(),
         [Event::Reset(Reset::FunctionLevel)]
     );
+}
+
+/// Serves a recorder until it dies, as soon as it has answered and not replied.
+fn die_replying(recorder: &Recorder, transport: MemoryTransport) -> JoinHandle<Result<Ended>> {
+    let model = small().express(Express::endpoint()).build().unwrap();
+    let device = recorder.clone();
+    let mut server = Server::new(model, transport, |_| Ok(device)).unwrap();
+    let stop = Stop::new().unwrap();
+    stop.die_at(Moment::Replying);
+    thread::spawn(move || server.run_until(&stop))
+}
+
+#[test]
+fn function_level_reset_that_ended_is_not_done_again_by_a_replay() {
+    let (transport, host) = memory::pair().unwrap();
+    let recorder = Recorder::default();
+    let mut serving = die_replying(&recorder, transport);
+    let client = host.open().unwrap();
+    let resetting = thread::spawn(move || {
+        client.write(CONFIG, 0x48, &[0x00, 0x80]).unwrap();
+        client
+    });
+    // The second one dies of the replay, and the third replies.
+    for _ in 0..2 {
+        assert_eq!(serving.join().unwrap().unwrap(), Ended::Abandoned);
+        serving = die_replying(&recorder, host.transport());
+    }
+    assert_eq!(serving.join().unwrap().unwrap(), Ended::Abandoned);
+    let model = small().express(Express::endpoint()).build().unwrap();
+    let running = Running::attach(model, host.transport(), host);
+    let client = resetting.join().unwrap();
+
+    assert_eq!(recorder.take_events(), [Event::Reset(Reset::FunctionLevel)]);
+    assert_eq!(running.recorder.take_events(), []);
+    // One that fails is not over.
+    running.recorder.answer(Err(Errno::EIO.into()));
+    assert_eq!(errno(client.write(CONFIG, 0x48, &[0x00, 0x80])), libc::EIO);
+    client.write(CONFIG, 0x48, &[0x00, 0x80]).unwrap();
+    let reset = Event::Reset(Reset::FunctionLevel);
+    assert_eq!(running.recorder.take_events(), [reset.clone(), reset]);
 }
 
 #[test]

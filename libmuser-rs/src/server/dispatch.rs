@@ -231,18 +231,26 @@ impl<'a, D: Device + ?Sized> Worker<'a, D> {
         let at = place.claimed;
         match claim {
             Claim::Config => {
-                // What the write made of configuration space is done once; the reset that it asks
-                // for may have been cut short, and is done again.
+                // What the write made of configuration space is done once. So is the reset that it
+                // asks for, unless it was cut short: a replay finds others' accesses behind it.
                 let index = Region::Config.index();
                 let key = Key::new(request.token.request(), index, place.start);
                 let write = |function: &mut Function| function.write_config(at, data).bits();
-                let (effects, sent) = self.core.shared.once(key, write);
-                log_unsent(sent);
+                let (effects, rest) = self.core.shared.once(key, write);
+                log_failed("a write to configuration space", rest);
                 let effects = Effects::from_bits(effects);
-                if effects.function_level_reset {
-                    self.reset_device(Reset::FunctionLevel)?;
+                let reset = if effects.function_level_reset {
+                    Reset::FunctionLevel
                 } else if effects.power_up_reset {
-                    self.reset_device(Reset::PowerUp)?;
+                    Reset::PowerUp
+                } else {
+                    return Ok(());
+                };
+                let key = key.consequence();
+                if self.core.shared.store().done(key).is_none() {
+                    self.reset_device(reset)?;
+                    let (_, rest) = self.core.shared.once(key, |_| 0);
+                    log_failed("a reset by configuration space", rest);
                 }
                 Ok(())
             }
@@ -251,7 +259,7 @@ impl<'a, D: Device + ?Sized> Worker<'a, D> {
                     .core
                     .shared
                     .with(|function| function.write_msix_table(at, data));
-                log_unsent(work.1);
+                log_failed("a write to the MSI-X table", work.1);
                 Ok(())
             }
             // A transport without doorbells: what one with them would have done goes first.
@@ -284,7 +292,8 @@ impl<'a, D: Device + ?Sized> Worker<'a, D> {
     }
 
     fn reset_function(&self) {
-        log_unsent(self.core.shared.with(|function| function.reset()).1);
+        let (_, rest) = self.core.shared.with(|function| function.reset());
+        log_failed("a reset", rest);
     }
 
     fn reset_device(&mut self, reset: Reset) -> Result<(), Errno> {
@@ -310,9 +319,10 @@ fn index_of(offset: u64) -> usize {
     usize::try_from(offset).unwrap_or(usize::MAX)
 }
 
-fn log_unsent(sent: Result<()>) {
-    if let Err(error) = sent {
-        log::warn!("an interrupt could not be sent: {error}");
+/// Logs what did not come of something that is done: an interrupt was not sent, or it is not kept.
+fn log_failed(after: &str, rest: Result<()>) {
+    if let Err(error) = rest {
+        log::warn!("{after} is not complete: {error}");
     }
 }
 

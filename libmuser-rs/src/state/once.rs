@@ -31,6 +31,13 @@ impl Key {
         Self { request, at }
     }
 
+    /// Names what follows from the access, and is a thing of its own.
+    pub(crate) fn consequence(self) -> Self {
+        // Above all that a region and an offset need.
+        let at = self.at | 1 << 63;
+        Self { at, ..self }
+    }
+
     /// The entry that says it is done.
     pub(super) fn entry(self, result: u64) -> [u8; ENTRY] {
         let mut entry = [0; ENTRY];
