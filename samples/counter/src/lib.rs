@@ -14,7 +14,9 @@
 //!
 //! The doorbell of lane `i` is at `0x1000 + 4 * i`. A block has four 64-bit integers: the client
 //! writes *addend* and *sequence*; GO adds the addend to the counter, writes the *counter* after and
-//! the *sequence* behind them, and raises vector `i` of MSI-X.
+//! the *sequence* behind them, and raises vector `i` of MSI-X. The sequence is written last, as a
+//! whole: who sees it sees the counter that belongs to it. What can't be answered is not counted:
+//! the address must be a multiple of 8, and all of the block be memory that the device may write.
 //!
 //! Counters and addresses are [`State`]: they outlive the process. A reset that the client asks for
 //! or causes clears them. Several threads may serve the device.
@@ -91,11 +93,16 @@ impl Counter {
     /// the client has waited: its block is the same, and only the sum must not be made again.
     fn go(&self, access: &Access, lane: u16) -> Result<()> {
         let address = self.kept(lane, BLOCK);
-        // What can't be answered is not counted.
+        if address % 8 != 0 {
+            let message = format!("lane {lane}: no block can be at {address:#x}");
+            return Err(Error::new(Errno::EINVAL, message));
+        }
+        // The mapping is there until this access has ended.
         let block = self.dma.map(address, 32, DmaAccess::ReadWrite)?;
         let [addend, sequence] = block.read_obj::<[u64; 2]>(0)?.map(u64::from_le);
         let sum = self.add(access, lane, addend)?.wrapping_add(addend);
-        block.write_obj(16, [sum, sequence].map(u64::to_le))?;
+        block.write_obj(16, sum.to_le())?;
+        block.store(24, sequence.to_le())?;
         self.interrupts.raise(lane)
     }
 

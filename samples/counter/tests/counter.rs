@@ -148,6 +148,23 @@ fn block_that_can_not_be_answered_is_not_counted() {
 }
 
 #[test]
+fn block_at_an_odd_address_is_not_counted() {
+    let (client, _device) = Device::new(1);
+    let memory = block(&client, 0);
+    memory.write(4, &[1; 32]).unwrap();
+    let address = 0x10_0004_u64.to_le_bytes();
+    client.write(0, ADDRESS, &address).unwrap();
+
+    let error = client.write(0, GO, &[1, 0, 0, 0]).unwrap_err();
+
+    assert_eq!(error.raw_os_error(), Some(22));
+    assert_eq!(read(&client, 0, VALUE), 0);
+    let mut after = [0; 32];
+    memory.read(4, &mut after).unwrap();
+    assert_eq!(after, [1; 32]);
+}
+
+#[test]
 fn doorbell_is_seen_at_once() {
     for posted in [true, false] {
         let (client, device) = Device::new(1);
