@@ -137,8 +137,8 @@ impl SharedMemory {
             .map_err(|error| self.outside(offset, &error))
     }
 
-    /// Fills the memory with zeroes, as a device may want to at a reset: the library leaves what
-    /// one client wrote to be seen by the next.
+    /// Fills the memory with zeroes, as a device may want to at a reset. When the last client closes
+    /// the device, that is done without it: no client sees what one before it has left.
     pub fn clear(&self) {
         const ZEROES: [u8; 4096] = [0; 4096];
         let slice = self.slice();

@@ -212,8 +212,14 @@ impl State {
 
     /// Changes the bytes: a kill leaves all of what the closure did, or nothing of it. A closure that
     /// panics has done nothing. It must not use the state, or it waits for itself.
+    ///
+    /// After the server has ended, the bytes are the next one's: the closure is called, and what it
+    /// changes is seen by this process alone, and not kept.
     pub fn update<R>(&self, work: impl FnOnce(&mut [u8]) -> R) -> R {
         let mut bytes = self.lock();
+        if self.inner.store.is_sealed() {
+            log::warn!("the device's state changes after the end of the server: it is not kept");
+        }
         let result = self.work(&mut bytes, work);
         if let Err(error) = self.inner.store.save_author(&bytes, None) {
             log::error!("the device's state could not be saved: {error}");

@@ -2,7 +2,7 @@
 //! Doorbells: an eventfd for each area of them, and one descriptor for those and the node.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use muser_uapi::*;
 use nix::errno::Errno as Number;
@@ -23,6 +23,8 @@ pub(super) struct Doorbells {
     bells: Vec<Bell>,
     /// Turns so far.
     turns: AtomicU32,
+    /// The bell to look at first: the one behind that which was taken last.
+    next: AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -65,6 +67,7 @@ impl Doorbells {
             either,
             bells,
             turns: AtomicU32::new(0),
+            next: AtomicUsize::new(0),
         }))
     }
 
@@ -75,9 +78,14 @@ impl Doorbells {
         self.turns.fetch_add(1, Ordering::Relaxed) % EVERY == EVERY - 1
     }
 
-    /// Takes a ring that nobody has taken yet.
+    /// Takes a ring that nobody has taken yet. The bells have turns, so that none that rings all the
+    /// time can keep another waiting.
     pub(super) fn take(&self) -> Option<Operation> {
-        let rung = self.bells.iter().find(|bell| bell.event.read().is_ok())?;
+        let next = self.next.load(Ordering::Relaxed) % self.bells.len();
+        let (before, first) = self.bells.split_at(next);
+        let mut bells = (next..).zip(first).chain((0..).zip(before));
+        let (number, rung) = bells.find(|(_, bell)| bell.event.read().is_ok())?;
+        self.next.store(number + 1, Ordering::Relaxed);
         Some(Operation::Doorbell {
             region: rung.region,
             offset: rung.offset,
@@ -93,4 +101,56 @@ impl AsFd for Doorbells {
 
 fn failed(errno: Number) -> Error {
     Error::io("setting up doorbells", errno)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn doorbells(count: u64) -> Doorbells {
+        let bells = (0..count).map(|offset| Bell {
+            region: 0,
+            offset,
+            event: EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK).unwrap(),
+        });
+        Doorbells {
+            either: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap(),
+            bells: bells.collect(),
+            turns: AtomicU32::new(0),
+            next: AtomicUsize::new(0),
+        }
+    }
+
+    fn taken(doorbells: &Doorbells) -> Option<u64> {
+        doorbells.take().map(|operation| match operation {
+            Operation::Doorbell { region: 0, offset } => offset,
+            other => panic!("{other:?}"),
+        })
+    }
+
+    #[test]
+    fn bell_that_rings_all_the_time_keeps_none_waiting() {
+        let doorbells = doorbells(3);
+        let ring = |number: usize| doorbells.bells[number].event.write(1).unwrap();
+        ring(2);
+        let order: Vec<_> = (0..3)
+            .map(|_| {
+                ring(0);
+                ring(1);
+                taken(&doorbells)
+            })
+            .collect();
+
+        assert_eq!(order, [Some(0), Some(1), Some(2)]);
+    }
+
+    #[test]
+    fn ring_is_taken_once_wherever_the_last_one_was() {
+        let doorbells = doorbells(2);
+        for number in [1, 0, 0, 1, 1] {
+            doorbells.bells[number].event.write(3).unwrap();
+            assert_eq!(taken(&doorbells), Some(number as u64));
+            assert_eq!(taken(&doorbells), None);
+        }
+    }
 }
