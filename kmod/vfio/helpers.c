@@ -36,10 +36,15 @@ void muser_memcg_put(struct mem_cgroup *memcg)
 	mem_cgroup_put(memcg);
 }
 
+/*
+ * Where the cgroup has no more, nothing is killed for it: who touches the page is told, and may be
+ * of another cgroup than the tasks that would be killed.
+ */
 struct page *muser_alloc_page(struct mem_cgroup *memcg)
 {
 	struct mem_cgroup *before = set_active_memcg(memcg);
-	struct page *page = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO);
+	struct page *page = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO | __GFP_RETRY_MAYFAIL |
+				       __GFP_NOWARN);
 
 	set_active_memcg(before);
 	return page;
@@ -72,7 +77,8 @@ void *muser_page_address(struct page *page)
 
 void *muser_alloc_shared(size_t size)
 {
-	return __vmalloc(size, GFP_KERNEL_ACCOUNT | __GFP_ZERO);
+	return __vmalloc(size, GFP_KERNEL_ACCOUNT | __GFP_ZERO | __GFP_RETRY_MAYFAIL |
+			       __GFP_NOWARN);
 }
 
 void muser_free_shared(void *memory)

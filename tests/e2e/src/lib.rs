@@ -14,6 +14,7 @@
     reason = "sizes and counts here are of the tests' own making, and small"
 )]
 
+pub mod cgroup;
 pub mod check;
 pub mod fault;
 pub mod helper;

@@ -160,6 +160,28 @@ pub fn child_has(memory: &Mapping) -> io::Result<bool> {
     Ok(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 1)
 }
 
+/// The signal that ends a child made by fork(2) when it writes a byte to `memory`; `None` if it can.
+///
+/// # Errors
+///
+/// The errno of fork(2) or waitpid(2).
+pub fn child_touches(memory: &Mapping, offset: usize) -> io::Result<Option<i32>> {
+    assert!(offset < memory.len());
+    let byte = (memory.address() as usize + offset) as *mut u8;
+    // SAFETY: the child does nothing but a store and a system call, which are safe after a fork.
+    let child = result(unsafe { libc::fork() })?;
+    if child == 0 {
+        // SAFETY: the address is in the mapping; the test has asked for the signal there may be.
+        unsafe { byte.write_volatile(1) };
+        // SAFETY: ends the child at once.
+        unsafe { libc::_exit(0) };
+    }
+    let mut status = 0;
+    // SAFETY: `status` is written as a whole.
+    result(unsafe { libc::waitpid(child, &raw mut status, 0) })?;
+    Ok(libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status)))
+}
+
 /// Bounds what an unprivileged part of this process may lock, and so pin.
 ///
 /// # Errors

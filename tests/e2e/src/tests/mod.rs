@@ -32,6 +32,7 @@ mod muserctl;
 mod owner;
 mod parallel;
 mod poller;
+mod pressure;
 mod quota;
 mod reply;
 mod request;
@@ -120,6 +121,7 @@ pub(crate) fn all() -> Vec<Test> {
         sysfs::tests,
         owner::tests,
         quota::tests,
+        pressure::tests,
         attach::tests,
         attach_limit::tests,
         ioctl::tests,
