@@ -197,7 +197,7 @@ fn threads_use_a_range_while_the_client_unmaps_it(road: Road) -> Result<()> {
             .map(|number| scope.spawn(move || storm(number)))
             .collect();
         let mut judged = Ok(());
-        for _ in 0..100 {
+        for _ in 0..30 {
             judged = (|| {
                 client.dma_unmap(other, PAGE as u64)?;
                 let left = memory.read_bytes(0, 512);
