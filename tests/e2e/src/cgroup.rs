@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
+use crate::process::Process;
 use crate::time;
 
 const ROOT: &str = "/sys/fs/cgroup";
@@ -59,6 +60,16 @@ impl Cgroup {
         let done = act();
         enter(PathBuf::from(ROOT).join("cgroup.procs"))?;
         Ok(done)
+    }
+
+    /// Moves another process into it.
+    ///
+    /// # Errors
+    ///
+    /// Says what can't be written.
+    pub fn add(&self, process: &Process) -> Result<()> {
+        let path = self.0.join("cgroup.procs");
+        fs::write(&path, process.id().to_string()).with_context(|| format!("{}", path.display()))
     }
 
     /// Bytes that it pays for.

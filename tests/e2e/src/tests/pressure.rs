@@ -5,6 +5,7 @@
 //! the device goes on for all that it has. The toucher stays outside of the cgroup, so that all that
 //! is paid for there is the module's.
 
+use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{ensure, Result};
@@ -12,6 +13,7 @@ use muser_e2e::cgroup::{self, Cgroup};
 use muser_e2e::check::{equal, fails, works};
 use muser_e2e::mdev::{Mdev, Type};
 use muser_e2e::node::{area, region, Description, Node, Server, MEMORY, TRAPPED};
+use muser_e2e::process::Process;
 use muser_e2e::service::{ram, Service};
 use muser_e2e::sys::{child_touches, PAGE};
 use muser_e2e::vfio::{Client, Road};
@@ -84,6 +86,10 @@ fn touch_without_memory_is_a_sigbus_and_the_device_goes_on(road: Road) -> Result
     let service = Service::start(&server, 1, ram(&description))?;
     let client = Client::open(&mdev, road)?;
     let memory = client.map(MEMORY, 0, SIZE as usize)?;
+    // Somebody who could be killed for it.
+    let mut bystander = Process::start(&mut Command::new("cat"))?;
+    bystander.wait_for_sleep()?;
+    group.add(&bystander)?;
     let mut touched = 0;
     let signal = loop {
         ensure!((touched as u64) < SIZE, "there was memory for all");
@@ -118,6 +124,8 @@ fn touch_without_memory_is_a_sigbus_and_the_device_goes_on(road: Road) -> Result
     equal("with memory", child_touches(&memory, touched)?, None)?;
     equal("the process", served.read::<u8>(touched), 1)?;
     equal("killed for memory", group.out_of_memory()?, 0)?;
+    bystander.close_input();
+    equal("the bystander", bystander.wait()?.code(), Some(0))?;
     drop((memory, served, client, service));
     drop(server);
     works("remove", mdev.remove())?;
