@@ -164,6 +164,11 @@ impl Storm {
             return Ok(None);
         }
         if let Some(why) = self.road.spoiled_for_dma() {
+            // The sample's GO has nothing to do without its block.
+            ensure!(
+                self.program.0.starts_with("storm-device"),
+                "{why}: take another road, or --device storm-device"
+            );
             println!("GO without DMA: {why}");
             return Ok(None);
         }

@@ -13,13 +13,18 @@ use crate::runner::Test;
 
 /// The tests of this topic.
 pub(super) fn tests() -> Vec<Test> {
-    let bare = tests_of("storm::on_the_bare_abi_loses_nothing", |road| {
+    // Where a road's DMA is spoiled, the stand-in goes without, and so is not skipped.
+    let bare = super::dma_roads("storm::on_the_bare_abi_loses_nothing", |road| {
         storm(road, "storm-device")
     });
-    let library = tests_of("storm::on_libmuser_loses_nothing", |road| {
+    let bare = bare.map(|test| Test {
+        pins: false,
+        ..test
+    });
+    let library = super::dma_roads("storm::on_libmuser_loses_nothing", |road| {
         storm(road, "counter")
-    })
-    .map(|test| test.needs(|| super::missing("counter")));
+    });
+    let library = library.map(|test| test.needs(|| super::missing("counter")));
     let faults: &[(&str, super::Once)] = &[
         ("storm::effect_that_comes_twice_is_noticed", || {
             noticed("double", "doubled")
@@ -34,17 +39,8 @@ pub(super) fn tests() -> Vec<Test> {
     let faults = faults
         .iter()
         .map(|&(name, run)| super::once(name, run).long(2));
-    bare.chain(library).chain(faults).collect()
-}
-
-/// Where a road's DMA is spoiled, its storm goes without, and so is not skipped.
-fn tests_of(name: &str, run: fn(Road) -> Result<()>) -> impl Iterator<Item = Test> {
-    super::dma_roads(name, run)
-        .map(|test| Test {
-            pins: false,
-            ..test
-        })
-        .map(|test| test.long(5))
+    let storms = bare.chain(library).map(|test| test.long(5));
+    storms.chain(faults).collect()
 }
 
 /// A storm on a device with that fault fails, and counts it as `kind`.
