@@ -57,8 +57,19 @@ pub(crate) enum Mapped {
     /// Slots, of which only the data is ours.
     Slots,
     Status,
-    /// The client's memory, whatever it mapped there.
+    /// The client's memory, whatever it mapped there, or several of these.
     Window,
+}
+
+impl Mapped {
+    /// What a window is whose pages are partly of this kind and partly of the other.
+    pub(crate) fn beside(self, other: Self) -> Self {
+        if self == Self::Plain && other == Self::Plain {
+            Self::Plain
+        } else {
+            Self::Window
+        }
+    }
 }
 
 /// An attachment that this process has made.

@@ -106,6 +106,8 @@ pub(super) fn write_memory(worker: &mut Worker) -> Option<io::Result<u64>> {
     if worker.arena.write(window, offset, &bytes) {
         Some(Ok(LOOK as u64))
     } else {
+        // The bytes are in a page of the arena's own now, which took the place of the kernel's.
+        worker.windows[window] = worker.windows[window].beside(Mapped::Plain);
         Some(Err(io::Error::from_raw_os_error(libc::EFAULT)))
     }
 }
@@ -126,7 +128,8 @@ pub(super) fn remap(worker: &mut Worker) -> Option<io::Result<u64>> {
     );
     let result = worker.arena.remap(from, old, new, to);
     if result.is_ok() && from != to {
-        worker.windows[to] = worker.windows[from];
+        // Behind what was moved there is still what the target had.
+        worker.windows[to] = worker.windows[to].beside(worker.windows[from]);
         worker.windows[from] = Mapped::Nothing;
     } else if from != to {
         worker.windows[to] = Mapped::Nothing;
