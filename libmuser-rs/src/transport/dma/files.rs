@@ -185,6 +185,17 @@ impl Memory {
             Err(error) => Err(error),
         }
     }
+
+    /// A file that can be mapped, as if it could not.
+    #[cfg(test)]
+    pub(crate) fn unmapped(
+        cache: &FileCache,
+        descriptor: OwnedFd,
+        offset: u64,
+        access: DmaAccess,
+    ) -> Result<Self, Number> {
+        Ok(Self::File(cache.file(descriptor, access.writes())?, offset))
+    }
 }
 
 #[cfg(test)]

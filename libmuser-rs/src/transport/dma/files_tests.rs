@@ -267,10 +267,8 @@ fn file_that_can_only_be_read_is_read() {
 
 /// Memory of a file that is read and written, as of one that can't be mapped.
 fn unmapped(file: &File) -> DmaTable {
-    let cache = FileCache::default();
-    let shared = cache.file(copy(file), true).unwrap();
     let table = DmaTable::default();
-    let memory = Memory::File(shared, PAGE);
+    let memory = Memory::unmapped(&FileCache::default(), copy(file), PAGE, ReadWrite).unwrap();
     table.map(0, PAGE, ReadWrite, memory).unwrap();
     table
 }

@@ -164,11 +164,39 @@ pub(crate) struct DmaTable {
     generation: AtomicU64,
 }
 
-/// By first IOVA.
 #[derive(Debug, Default)]
 struct Mappings {
-    by_start: BTreeMap<u64, Arc<Mapped>>,
+    by_start: BTreeMap<Start, Arc<Mapped>>,
     bytes: u64,
+}
+
+/// The first IOVA of a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Start(u64);
+
+impl Ord for Start {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        #[cfg(test)]
+        Self::comparisons().set(Self::comparisons().get() + 1);
+        self.0.cmp(&other.0)
+    }
+}
+
+impl PartialOrd for Start {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+#[cfg(test)]
+impl Start {
+    /// How often this thread has compared two.
+    fn comparisons() -> &'static std::thread::LocalKey<std::cell::Cell<usize>> {
+        thread_local! {
+            static COMPARISONS: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+        }
+        &COMPARISONS
+    }
 }
 
 impl DmaTable {
@@ -204,7 +232,7 @@ impl DmaTable {
             used: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
         };
-        mappings.by_start.insert(iova, Arc::new(mapped));
+        mappings.by_start.insert(Start(iova), Arc::new(mapped));
         Ok(())
     }
 
@@ -235,7 +263,7 @@ impl DmaTable {
         let mut bytes = 0;
         let mut mappings = self.write_lock();
         for mapped in gone {
-            let start = mapped.range.first();
+            let start = Start(mapped.range.first());
             let present = mappings.by_start.get(&start);
             if present.is_some_and(|present| Arc::ptr_eq(present, mapped)) {
                 mappings.by_start.remove(&start);
@@ -321,9 +349,11 @@ struct Part {
 impl Mappings {
     /// Those which have an IOVA of the range, ascending.
     fn overlapping(&self, range: IovaRange) -> impl Iterator<Item = &Arc<Mapped>> {
-        let before = self.by_start.range(..range.first()).next_back();
+        let before = self.by_start.range(..Start(range.first())).next_back();
         let before = before.filter(|(_, mapped)| mapped.range.overlaps(range));
-        let inside = self.by_start.range(range.first()..=range.last());
+        let inside = self
+            .by_start
+            .range(Start(range.first())..=Start(range.last()));
         before.into_iter().chain(inside).map(|(_, mapped)| mapped)
     }
 
@@ -451,6 +481,9 @@ impl GuestMemory for DmaTable {
     }
 }
 
+#[cfg(test)]
+#[path = "model_tests.rs"]
+mod model_tests;
 #[cfg(test)]
 #[path = "table_tests.rs"]
 mod tests;
