@@ -112,6 +112,7 @@ mod server;
 mod state;
 mod sys;
 pub mod transport;
+mod vfio_user;
 
 pub use vm_memory;
 
