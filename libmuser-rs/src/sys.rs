@@ -4,6 +4,8 @@
 
 #![expect(unsafe_code, reason = "system calls have no safe wrapper here")]
 
+pub(crate) mod ancillary;
+
 use std::ffi::c_ulong;
 use std::num::NonZeroUsize;
 use std::ops::Range;
