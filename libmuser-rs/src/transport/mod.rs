@@ -22,11 +22,13 @@ pub(crate) mod dma;
 mod irqs;
 pub mod kernel;
 pub mod memory;
+pub mod socket;
 
 pub use dma::{Acquired, DirtyLog, DmaAccess, GuestMemory, IovaRange, Piece, RemoteMemory};
 
 pub use kernel::KernelTransport;
 pub use memory::MemoryTransport;
+pub use socket::{ListenOptions, SocketTransport};
 
 /// What a client is told about an interrupt index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -411,6 +413,7 @@ mod sealed {
 
     impl Sealed for super::KernelTransport {}
     impl Sealed for super::MemoryTransport {}
+    impl Sealed for super::SocketTransport {}
     impl Sealed for super::kernel::Node {}
     impl Sealed for super::irqs::Irqs {}
 }

@@ -12,6 +12,7 @@ use nix::errno::Errno as Number;
 use nix::fcntl::{fcntl, FcntlArg, SealFlag};
 use nix::sys::memfd::{memfd_create, MFdFlags};
 
+use super::keeper::Keeper;
 use crate::error::{Error, Result};
 use crate::memory::SharedMemory;
 use crate::region::{AreaKind, RegionInfo};
@@ -39,7 +40,11 @@ impl Areas {
     /// # Errors
     ///
     /// `ESTALE`: what is kept is not of this description. Else, there is no memory.
-    pub(crate) fn new(description: &Description, kept: Option<Vec<OwnedFd>>) -> Result<Self> {
+    pub(crate) fn new(
+        description: &Description,
+        kept: Option<Vec<OwnedFd>>,
+        keeper: &dyn Keeper,
+    ) -> Result<Self> {
         let mappable = |region: &&RegionInfo| {
             let mut areas = region.areas.iter();
             areas.any(|area| area.kind == AreaKind::Mappable)
@@ -49,7 +54,7 @@ impl Areas {
             Some(kept) if kept.len() == regions().count() => kept,
             Some(_) => return Err(Error::refused(libc::ESTALE, "other areas were kept for it")),
             None => regions()
-                .map(|region| make_file(region.size))
+                .map(|region| keeper.make_file(region.index, region.size))
                 .collect::<Result<_>>()?,
         };
         let files = regions().zip(files).map(|(region, file)| RegionFile {
@@ -106,11 +111,11 @@ impl Areas {
     /// # Errors
     ///
     /// There is no memory. What could not be made new is zeroes all the same.
-    pub(crate) fn renew(&mut self, description: &Description) -> Result<()> {
+    pub(crate) fn renew(&mut self, description: &Description, keeper: &dyn Keeper) -> Result<()> {
         let mut result = Ok(());
         for file in &mut self.files {
             let size = description.region(file.region).map_or(0, |info| info.size);
-            match make_file(size) {
+            match keeper.make_file(file.region, size) {
                 Ok(new) => file.file = new,
                 Err(error) => result = Err(error),
             }

@@ -13,8 +13,8 @@ use std::sync::{Mutex, PoisonError};
 use nix::errno::Errno as Number;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{
-    bind, connect, getsockname, getsockopt, listen, socket, sockopt, AddressFamily, Backlog, SockFlag,
-    SockType, SockaddrLike, SockaddrStorage, UnixAddr,
+    bind, connect, getsockname, getsockopt, listen, socket, sockopt, AddressFamily, Backlog,
+    SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr,
 };
 use nix::sys::stat::{fchmod, Mode};
 
@@ -274,7 +274,10 @@ fn remove_stale(path: &Path) -> Result<()> {
     }
     match connects(path) {
         Err(Number::ECONNREFUSED) => {
-            log::info!("{}: nobody listens to it any more, replaced", path.display());
+            log::info!(
+                "{}: nobody listens to it any more, replaced",
+                path.display()
+            );
             fs::remove_file(path)
                 .map_err(|error| Error::io(format!("removing {}", path.display()), error))
         }
@@ -298,7 +301,9 @@ fn connects(path: &Path) -> Result<(), Number> {
 
 /// Locks the directory of a file, if that can be: nobody is waited for.
 fn lock_directory(path: &Path) -> Option<Flock<File>> {
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let directory = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
     let directory = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_DIRECTORY)
