@@ -296,6 +296,21 @@ pub(crate) fn is_terminated() -> bool {
     TERMINATED.load(Ordering::SeqCst)
 }
 
+/// A descriptor that this process was started with.
+#[cfg(feature = "cli")]
+pub(crate) fn inherit(number: i32) -> Result<std::os::fd::OwnedFd, Errno> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: `fcntl` with this command changes nothing, whatever the number is.
+    Errno::result(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
+    // SAFETY: It is open. Who names it on the command line gives it away.
+    let fd = unsafe { std::os::fd::OwnedFd::from_raw_fd(number) };
+    nix::fcntl::fcntl(
+        &fd,
+        nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC),
+    )?;
+    Ok(fd)
+}
+
 /// Bytes of address space that this process may have; `None` if nobody has said.
 pub(crate) fn address_space_limit() -> Option<u64> {
     let mut limit = libc::rlimit {
