@@ -21,7 +21,7 @@ use super::guests::Guests;
 use super::keeper::Keeper;
 use super::session::{Framing, ReplyTo, Session};
 use crate::error::{Errno, Error, Result};
-use crate::transport::dma::DmaTable;
+use crate::transport::dma::{DmaTable, FileCache};
 use crate::transport::irqs::Irqs;
 use crate::transport::{Description, Operation, Reply, Request, RequestId, Take, Token};
 
@@ -76,6 +76,7 @@ pub(super) struct State {
     pub(super) guests: Guests,
     pub(super) irqs: Arc<Irqs>,
     pub(super) dma: Arc<DmaTable>,
+    pub(super) files: FileCache,
     flights: Vec<Flight>,
     /// Flights of which the next part can be taken.
     due: VecDeque<RequestId>,
@@ -120,6 +121,7 @@ impl Hub {
                 guests: Guests::default(),
                 irqs: Arc::default(),
                 dma: Arc::default(),
+                files: FileCache::default(),
                 flights: Vec::new(),
                 due: VecDeque::new(),
                 exclusive: false,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Memory that the client gives to the device, and takes back.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 
 use zerocopy::IntoBytes;
@@ -12,7 +12,6 @@ use super::hub::{Handled, State};
 use super::remote::ClientMemory;
 use super::session::ReplyTo;
 use crate::error::Errno;
-use crate::sys::Mapping;
 use crate::transport::dma::Memory;
 use crate::transport::DmaAccess;
 use crate::vfio_user::wire::payload;
@@ -46,7 +45,14 @@ impl State {
             return Err(Refusal::new(Errno::EINVAL, why));
         }
         let memory = match fd {
-            Some(fd) => from_fd(&fd, request, access)?,
+            Some(fd) => {
+                let DmaMap { offset, size, .. } = request;
+                Memory::from_fd(&self.files, fd, offset, size, access).map_err(|errno| {
+                    let why = format!("{size:#x} bytes of the file from {offset:#x} on");
+                    let why = format!("{why} can't be memory");
+                    Refusal::new(super::session::to_errno(errno), why)
+                })?
+            }
             None => {
                 let remote = ClientMemory::new(Weak::clone(&self.hub), to.session);
                 Memory::Remote(Arc::new(remote), request.address)
@@ -103,18 +109,4 @@ impl State {
         };
         self.reply_to(to, Ok(&[fixed.as_bytes()]));
     }
-}
-
-fn from_fd(fd: &OwnedFd, request: DmaMap, access: DmaAccess) -> Result<Memory, Refusal> {
-    let size = nix::sys::stat::fstat(fd)?.st_size;
-    let end = request.offset.checked_add(request.size);
-    let fits = end.is_some_and(|end| u64::try_from(size).is_ok_and(|size| end <= size));
-    if !fits {
-        let why = "the file has not so many bytes";
-        return Err(Refusal::new(Errno::EINVAL, why));
-    }
-    let len = usize::try_from(request.size)
-        .map_err(|_| Refusal::new(Errno::ENOMEM, "it is too large"))?;
-    let mapping = Mapping::new(fd.as_fd(), request.offset, len, access.writes())?;
-    Ok(Memory::Direct(Arc::new(mapping), 0))
 }
