@@ -8,5 +8,6 @@
 //! from the ioctls are those of `<linux/vfio.h>`.
 
 pub mod capabilities;
+pub mod link;
 pub(crate) mod stream;
 pub mod wire;
