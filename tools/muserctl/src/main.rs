@@ -3,7 +3,7 @@
 //!
 //! It is a thin face of what the module shows: sysfs for what exists ([`sysfs`]), the query ioctl
 //! of `/dev/muser/UUID` for the state ([`device`]). It keeps nothing, so mdevctl and libvirt may
-//! manage the same devices.
+//! manage the same devices. Of devices without a kernel it asks their server ([`probe`]).
 
 #![deny(unsafe_code)]
 
@@ -11,6 +11,7 @@ mod cli;
 mod device;
 mod error;
 mod give;
+mod probe;
 mod process;
 mod remove;
 #[expect(unsafe_code, reason = "system calls")]
@@ -22,6 +23,7 @@ use clap::Parser;
 use cli::{Assignment, Cli, Command};
 use device::{Device, Summary};
 use error::{reason, Error, Result};
+use probe::Probe;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use std::io::{self, Write};
 use std::path::Path;
@@ -48,6 +50,14 @@ fn main() -> ExitCode {
         Command::Set { uuid, assignments } => {
             set(&roots, &uuid, &assignments).map(|()| String::new())
         }
+        Command::Probe {
+            socket,
+            read,
+            output,
+        } => Probe::of(&socket, &read).and_then(|probe| match output.json {
+            true => json("probe", &probe),
+            false => Ok(probe.text()),
+        }),
         Command::Give { path } => give::give(&roots, &path).map(|()| String::new()),
         Command::WriteRemove { path } => return ExitCode::from(remove::write(&path)),
     };
