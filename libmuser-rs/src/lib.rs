@@ -129,4 +129,4 @@ pub use poller::{Member, Poller, Served};
 pub use region::{Access, Area, AreaKind, Region, RegionInfo, Width};
 pub use server::{Ended, Moment, Quiesced, Server, SharedServer, Stop};
 pub use state::State;
-pub use transport::{AttachOptions, RequestId};
+pub use transport::{AttachOptions, RequestId, Wait};

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 #[cfg(feature = "cli")]
 use std::{
-    os::fd::IntoRawFd,
+    os::fd::{FromRawFd, IntoRawFd, OwnedFd, RawFd},
     sync::atomic::{AtomicBool, AtomicI32, Ordering},
 };
 
@@ -275,6 +275,28 @@ extern "C" fn terminate(_signal: libc::c_int) {
 #[cfg(feature = "cli")]
 pub(crate) fn is_terminated() -> bool {
     TERMINATED.load(Ordering::SeqCst)
+}
+
+/// Takes the descriptor of that number, which the process was started with; programs that it starts
+/// don't get it. Of the standard ones a copy is taken, since the process goes on to use them.
+#[cfg(feature = "cli")]
+pub(crate) fn adopt(number: RawFd) -> Result<OwnedFd, Errno> {
+    // SAFETY: `F_GETFD` on a number that is no descriptor is an error, and nothing else.
+    Errno::result(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
+    if number <= libc::STDERR_FILENO {
+        // SAFETY: It is open, as was just seen, and stays so: nobody closes the standard ones.
+        let standard = unsafe { BorrowedFd::borrow_raw(number) };
+        let copy = standard.try_clone_to_owned();
+        return copy.map_err(|_| Errno::EMFILE);
+    }
+    // SAFETY: It is open. Whoever started the process handed it over, so nobody else here has it;
+    // that it is taken once is for the caller to see to, who parses it from the command line.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    nix::fcntl::fcntl(
+        &fd,
+        nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC),
+    )?;
+    Ok(fd)
 }
 
 /// Bytes of address space that this process may have; `None` if nobody has said.

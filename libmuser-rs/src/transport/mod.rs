@@ -123,6 +123,8 @@ pub struct AttachOptions {
     pub threads: usize,
     /// Bytes of memory which outlive the server; the [`Server`](crate::Server) sets it.
     pub state_size: usize,
+    /// How the server waits for requests.
+    pub wait: Wait,
     /// What the server makes of that memory: a server with another tag than the first one that is
     /// not 0 is refused. The [`Server`](crate::Server) sets it.
     pub state_tag: u64,
@@ -135,6 +137,7 @@ impl AttachOptions {
         Self {
             standby: false,
             threads: 0,
+            wait: Wait::Block,
             state_size: 0,
             state_tag: 0,
         }
@@ -158,6 +161,24 @@ impl AttachOptions {
     pub const fn threads(self, threads: usize) -> Self {
         Self { threads, ..self }
     }
+
+    /// Says how the server's run loops wait for requests.
+    #[must_use]
+    pub const fn wait(self, wait: Wait) -> Self {
+        Self { wait, ..self }
+    }
+}
+
+/// How a server that [runs](crate::Server::run) waits for a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Wait {
+    /// It sleeps until there is one, at no cost.
+    #[default]
+    Block,
+    /// It looks for one all the time, which saves the time to wake it up, and keeps a processor
+    /// busy. Of several threads one looks; the others sleep until they are needed.
+    Poll,
 }
 
 /// Why a server is refused whose [tag](AttachOptions::state_tag) is not that of the device.
@@ -404,9 +425,31 @@ pub trait Trigger: sealed::Sealed + Debug + Send + Sync {
     fn eventfds(&self, index: u32) -> u32;
 }
 
+/// Whichever it is.
+impl Transport for Box<dyn Transport> {
+    fn attach(&mut self, description: &Description, options: &AttachOptions) -> Result<Attachment> {
+        (**self).attach(description, options)
+    }
+
+    fn turn(
+        &self,
+        reply: Option<Reply>,
+        take: Take,
+        data: &mut Vec<u8>,
+    ) -> Result<Option<Request>> {
+        (**self).turn(reply, take, data)
+    }
+
+    fn detach(&self) {
+        (**self).detach();
+    }
+}
+
 mod sealed {
     /// Keeps a trait's implementations in the library.
     pub trait Sealed {}
+
+    impl Sealed for Box<dyn super::Transport> {}
 
     impl Sealed for super::KernelTransport {}
     impl Sealed for super::MemoryTransport {}
