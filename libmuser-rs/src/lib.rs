@@ -106,6 +106,7 @@ mod irq;
 mod memory;
 mod model;
 pub mod pci;
+mod peer_file;
 mod poller;
 mod region;
 mod server;

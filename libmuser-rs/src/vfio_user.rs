@@ -8,4 +8,5 @@
 //! from the ioctls are those of `<linux/vfio.h>`.
 
 pub mod capabilities;
+pub(crate) mod stream;
 pub mod wire;

@@ -19,6 +19,7 @@ use crate::region::{Area, AreaKind, RegionInfo};
 
 mod difference;
 pub(crate) mod dma;
+mod irqs;
 pub mod kernel;
 pub mod memory;
 
@@ -454,5 +455,5 @@ mod sealed {
     impl Sealed for super::KernelTransport {}
     impl Sealed for super::MemoryTransport {}
     impl Sealed for super::kernel::Node {}
-    impl Sealed for super::memory::Irqs {}
+    impl Sealed for super::irqs::Irqs {}
 }
