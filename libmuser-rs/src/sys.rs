@@ -150,6 +150,23 @@ impl Mapping {
     }
 }
 
+impl Mapping {
+    /// Maps another file at the same place, for reading and writing: at no moment is nothing there.
+    /// Who accesses it meanwhile gets what is in one of the two.
+    pub(crate) fn replace(&self, file: BorrowedFd<'_>, offset: u64) -> Result<(), Errno> {
+        let length = NonZeroUsize::new(self.len).ok_or(Errno::EINVAL)?;
+        let offset = libc::off_t::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
+        let address = NonZeroUsize::new(self.start.as_ptr().expose_provenance());
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
+        // SAFETY: By the invariant all of the range is this mapping's, of which nobody has
+        // references, but volatile and atomic accesses only.
+        unsafe { mmap(address, length, protection, flags, file, offset) }?;
+        // INVARIANT: There is a mapping of the same place and size, and it is writable.
+        Ok(())
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         // First: what is mapped at this address next is nothing for the handler to touch.

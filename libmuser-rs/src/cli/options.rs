@@ -35,7 +35,7 @@ pub struct Options {
     #[arg(long, value_name = "PATH", conflicts_with = "fd")]
     pub socket_path: Option<PathBuf>,
 
-    /// Permissions of the socket, as chmod(1) takes them in octal [default: what the umask leaves]
+    /// Permissions of the socket, as chmod(1) takes them in octal [default: 0600]
     ///
     /// Who may write to it may be a client.
     #[arg(long, value_name = "MODE", requires = "socket_path", conflicts_with_all = ["uuid", "fd"], value_parser = mode)]

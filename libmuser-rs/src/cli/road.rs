@@ -8,7 +8,7 @@ use super::handed::Handed;
 use crate::error::{Errno, Error, Result};
 use crate::server::Ended;
 use crate::transport::kernel::Uuid;
-use crate::transport::{KernelTransport, Transport};
+use crate::transport::{KernelTransport, ListenOptions, SocketTransport, Transport};
 
 /// What clients come by.
 #[derive(Clone, Copy, Debug)]
@@ -35,13 +35,9 @@ impl Road<'_> {
         Ok(match self {
             Self::Kernel(uuid) => Box::new(KernelTransport::open(uuid)?),
             Self::Path { path, mode, group } => {
-                let _ = (path, mode, group.map(gid).transpose()?);
-                return Err(Error::from(Errno::EOPNOTSUPP));
+                Box::new(SocketTransport::listen(path, access(mode, group)?)?)
             }
-            Self::Handed(handed) => {
-                drop(handed.take()?);
-                return Err(Error::from(Errno::EOPNOTSUPP));
-            }
+            Self::Handed(handed) => Box::new(SocketTransport::from_fd(handed.take()?)?),
         })
     }
 
@@ -69,6 +65,20 @@ impl fmt::Display for Road<'_> {
             Self::Handed(Handed::Systemd) => f.write_str("vfio-user clients at systemd's socket"),
         }
     }
+}
+
+/// Who may use a socket with these permissions and of this group.
+///
+/// # Errors
+///
+/// There is no such group.
+pub fn access(mode: Option<u32>, group: Option<&str>) -> Result<ListenOptions> {
+    let options = ListenOptions::new();
+    let options = mode.map_or(options, |mode| options.mode(mode));
+    Ok(match group {
+        Some(group) => options.group(gid(group)?),
+        None => options,
+    })
 }
 
 /// The number of a group.

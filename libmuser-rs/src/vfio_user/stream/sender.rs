@@ -62,7 +62,7 @@ impl Sender {
         }
     }
 
-    pub(super) fn socket(&self) -> &Arc<OwnedFd> {
+    pub(crate) fn socket(&self) -> &Arc<OwnedFd> {
         &self.socket
     }
 

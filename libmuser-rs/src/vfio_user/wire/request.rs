@@ -293,6 +293,13 @@ impl WriteMulti<'_> {
     /// Bytes of a write in the message.
     const ENTRY: usize = size_of::<payload::WriteOne>();
 
+    /// Those of a payload that was parsed before.
+    #[must_use]
+    pub(crate) fn of(payload: &[u8]) -> Option<WriteMulti<'_>> {
+        let entries = payload.get(size_of::<payload::WriteMulti>()..)?;
+        Some(WriteMulti { entries })
+    }
+
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
