@@ -111,6 +111,7 @@ mod poller;
 mod region;
 mod server;
 mod state;
+pub mod supervise;
 mod sys;
 pub mod transport;
 #[doc(hidden)]

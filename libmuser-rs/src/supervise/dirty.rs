@@ -2,7 +2,7 @@
 //! What a program knew of dirty pages when it died is lost: so whatever it could have written to is
 //! reported as dirty, once.
 
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::FromBytes;
 
 use crate::vfio_user::wire::payload::{self, Feature, LoggingRange, LoggingReport, LoggingStart};
 
@@ -114,6 +114,7 @@ fn ranges(start: &[u8]) -> Option<Vec<(u64, u64)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use zerocopy::IntoBytes;
 
     fn start(all: &[(u64, u64)]) -> Vec<u8> {
         let fixed = LoggingStart {

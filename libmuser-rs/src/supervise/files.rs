@@ -2,7 +2,7 @@
 //! One descriptor for a file, however many parts of it the client maps.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 
 use nix::fcntl::{fcntl, FcntlArg};
@@ -44,7 +44,7 @@ impl Files {
 
 /// Of files that are memory or on a disk; others may be more than their inode.
 fn id(file: &OwnedFd) -> Option<Id> {
-    let stat = fstat(file.as_raw_fd()).ok()?;
+    let stat = fstat(file).ok()?;
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     let flags = fcntl(file, FcntlArg::F_GETFL).ok()?;
     (kind == SFlag::S_IFREG).then_some((stat.st_dev, stat.st_ino, flags))

@@ -23,7 +23,7 @@ const SETTING_UP: usize = 64;
 /// Bytes kept for a program that does not receive, before it is given up.
 const BACKLOG: usize = 32 << 20;
 /// How long a program may take for what is no request: to set a session up, or to wind it up.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A stream's limits.
 pub(super) const fn limits(prefix: usize) -> Limits {

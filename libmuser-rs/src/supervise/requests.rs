@@ -206,6 +206,12 @@ impl Requests {
         self.cost
     }
 
+    /// How many a program had that is gone.
+    pub(super) fn given_before(&self) -> usize {
+        let numbered = self.numbered.values();
+        numbered.filter(|request| request.is_replay()).count()
+    }
+
     /// How many there are.
     pub(super) fn len(&self) -> usize {
         self.numbered.len() + self.parked.len()

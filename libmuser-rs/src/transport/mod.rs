@@ -26,6 +26,7 @@ pub mod socket;
 
 pub use dma::{Acquired, DirtyLog, DmaAccess, GuestMemory, IovaRange, Piece, RemoteMemory};
 
+pub(crate) use difference::Difference;
 pub use kernel::KernelTransport;
 pub use memory::MemoryTransport;
 pub use socket::{ListenOptions, SocketTransport};
@@ -185,7 +186,7 @@ pub enum Wait {
 }
 
 /// Why a server is refused whose [tag](AttachOptions::state_tag) is not that of the device.
-const STATE_DIFFERS: &str = "its state was left by a program that keeps another number of bytes or \
+pub(crate) const STATE_DIFFERS: &str = "its state was left by a program that keeps another number of bytes or \
     another configuration space, or was built with another version of libmuser; remove it and create \
     it again";
 

@@ -40,7 +40,7 @@ use crate::sys::Mapping;
 mod access;
 mod areas;
 mod commands;
-mod door;
+pub(crate) mod door;
 mod events;
 mod features;
 mod flight;
