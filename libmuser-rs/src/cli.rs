@@ -39,7 +39,8 @@ mod stderr_log;
 
 use capabilities::capabilities;
 pub use handed::Handed;
-pub use options::{Options, SharedOptions, COMPAT_VERSIONS};
+pub use options::{parse_mode, Options, SharedOptions, COMPAT_VERSIONS};
+pub use road::access as socket_access;
 pub use stderr_log::log_to_stderr;
 
 /// Serving failed.

@@ -60,7 +60,9 @@ impl Device for Adder {
 }
 
 fn sum(bytes: &[u8]) -> u64 {
-    bytes.first_chunk().map_or(0, |sum| u64::from_le_bytes(*sum))
+    bytes
+        .first_chunk()
+        .map_or(0, |sum| u64::from_le_bytes(*sum))
 }
 
 fn model(vectors: u16) -> PciModel {
@@ -206,11 +208,15 @@ fn session_is_set_up_in_the_next_server() {
     let client = Options::new().open(socket).unwrap();
     enable(&client);
     let memory = ClientMemory::new(0x1000).unwrap();
-    client.dma_map(0x10_0000, &memory, 0..0x1000, DmaAccess::ReadWrite).unwrap();
+    client
+        .dma_map(0x10_0000, &memory, 0..0x1000, DmaAccess::ReadWrite)
+        .unwrap();
     memory.write(0, &40_u64.to_le_bytes()).unwrap();
     let event = EventFd::from_flags(nix::sys::eventfd::EfdFlags::EFD_NONBLOCK).unwrap();
     let events = [Some(event.as_fd())];
-    client.set_irqs(2, 0, IrqAction::Trigger, IrqData::EventFds(&events)).unwrap();
+    client
+        .set_irqs(2, 0, IrqAction::Trigger, IrqData::EventFds(&events))
+        .unwrap();
     client.write(7, 0x42, &[0, 0x80]).unwrap();
     let area = client.map(1, 0x1000).unwrap();
     area.write(8, 0x1234_u32).unwrap();
@@ -238,7 +244,9 @@ fn memory_without_a_descriptor_is_reached_through_the_supervisor() {
         enable(&client);
         let memory = ClientMemory::new(0x1000).unwrap().unshared();
         memory.write(0, &3_u64.to_le_bytes()).unwrap();
-        client.dma_map(0x10_0000, &memory, 0..0x1000, DmaAccess::ReadWrite).unwrap();
+        client
+            .dma_map(0x10_0000, &memory, 0..0x1000, DmaAccess::ReadWrite)
+            .unwrap();
         write(&client, GO, 0x10_0000);
         first.end();
 

@@ -44,7 +44,7 @@ impl Handed {
     /// # Errors
     ///
     /// There is no such descriptor, or systemd has handed over none or several.
-    pub(super) fn take(self) -> Result<OwnedFd> {
+    pub fn take(self) -> Result<OwnedFd> {
         let number = match self {
             Self::Number(number) => number,
             Self::Systemd => announced(

@@ -38,7 +38,7 @@ pub struct Options {
     /// Permissions of the socket, as chmod(1) takes them in octal [default: 0600]
     ///
     /// Who may write to it may be a client.
-    #[arg(long, value_name = "MODE", requires = "socket_path", conflicts_with_all = ["uuid", "fd"], value_parser = mode)]
+    #[arg(long, value_name = "MODE", requires = "socket_path", conflicts_with_all = ["uuid", "fd"], value_parser = parse_mode)]
     pub socket_mode: Option<u32>,
 
     /// Group of the socket, by name or number [default: the program's]
@@ -152,8 +152,12 @@ impl Options {
     }
 }
 
-/// Permissions in octal.
-fn mode(text: &str) -> Result<u32, String> {
+/// Parses the permissions of a socket, which are octal.
+///
+/// # Errors
+///
+/// They are not, or beyond 777; the error says so.
+pub fn parse_mode(text: &str) -> Result<u32, String> {
     let octal = !text.is_empty() && text.bytes().all(|byte| (b'0'..=b'7').contains(&byte));
     let mode = u32::from_str_radix(text, 8).ok().filter(|_| octal);
     mode.filter(|mode| *mode <= 0o777)

@@ -11,7 +11,7 @@ use super::asked::Asks;
 use super::dirty::Lost;
 use super::kept::Kept;
 use super::link::{limits, send};
-use super::requests::{ReplyTo, Request, Requests, Several};
+use super::requests::{ReplyTo, Request, Requests};
 use crate::error::{Errno, Result};
 use crate::vfio_user::capabilities::Capabilities;
 use crate::vfio_user::stream::{split, Descriptors, Receiver, Sender, StreamError};
@@ -160,10 +160,10 @@ impl Client {
         match to {
             ReplyTo::Client(header) => self.reply(header.reply(result), body, fds),
             ReplyTo::Several(name) => match self.requests.end_one(name, result) {
-                Some((Several { header, count, .. }, result)) if !header.is_unanswered() => {
-                    let done = payload::WriteMulti { count };
-                    let body = if result.is_ok() { done.as_bytes() } else { &[] };
-                    self.reply(header.reply(result), body, &[])
+                Some((header, result)) if !header.is_unanswered() => {
+                    let done = result.map(|count| payload::WriteMulti { count });
+                    let body = done.as_ref().map_or(&[][..], |done| done.as_bytes());
+                    self.reply(header.reply(result.map(drop)), body, &[])
                 }
                 _ => Ok(()),
             },
@@ -181,12 +181,7 @@ impl Client {
         self.answer(to, Err(errno), &[], &[])
     }
 
-    fn reply(
-        &mut self,
-        header: Header,
-        body: &[u8],
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<(), Reason> {
+    fn reply(&mut self, header: Header, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Reason> {
         match send(&mut self.main.sender, None, header, body, fds) {
             Ok(()) => Ok(()),
             Err(StreamError::Long { .. }) => Err("it does not receive its replies".into()),

@@ -55,7 +55,10 @@ impl Lost {
 
     /// Marks the pages of a bitmap that may be dirty.
     pub(super) fn mark(&mut self, iova: u64, length: u64, page: u64, bitmap: &mut [u8]) {
-        let Some(last) = length.checked_sub(1).and_then(|last| iova.checked_add(last)) else {
+        let Some(last) = length
+            .checked_sub(1)
+            .and_then(|last| iova.checked_add(last))
+        else {
             return;
         };
         if page == 0 {

@@ -213,8 +213,10 @@ mod tests {
     #[test]
     fn mapping_is_set_up_as_the_client_did_until_it_unmaps_it() {
         let mut kept = negotiated();
-        kept.done(Command::DmaMap, &map(0x1000, 0x1000), file()).unwrap();
-        kept.done(Command::DmaMap, &map(0x8000, 0x1000), Vec::new()).unwrap();
+        kept.done(Command::DmaMap, &map(0x1000, 0x1000), file())
+            .unwrap();
+        kept.done(Command::DmaMap, &map(0x8000, 0x1000), Vec::new())
+            .unwrap();
 
         let steps = kept.steps();
         assert_eq!(steps, [Step::Version, Step::Map(0x1000), Step::Map(0x8000)]);
@@ -223,18 +225,22 @@ mod tests {
         assert_eq!(payload, map(0x1000, 0x1000));
         assert!(kept.message(&steps[2]).2.is_empty());
 
-        kept.done(Command::DmaUnmap, &unmap(0, 0x1000, 0x1000), Vec::new()).unwrap();
+        kept.done(Command::DmaUnmap, &unmap(0, 0x1000, 0x1000), Vec::new())
+            .unwrap();
         assert_eq!(kept.steps(), [Step::Version, Step::Map(0x8000)]);
-        kept.done(Command::DmaUnmap, &unmap(DmaUnmap::ALL, 0, 0), Vec::new()).unwrap();
+        kept.done(Command::DmaUnmap, &unmap(DmaUnmap::ALL, 0, 0), Vec::new())
+            .unwrap();
         assert_eq!(kept.steps(), [Step::Version]);
     }
 
     #[test]
     fn range_that_only_touches_a_mapping_leaves_it() {
         let mut kept = negotiated();
-        kept.done(Command::DmaMap, &map(0x2000, 0x2000), file()).unwrap();
+        kept.done(Command::DmaMap, &map(0x2000, 0x2000), file())
+            .unwrap();
 
-        kept.done(Command::DmaUnmap, &unmap(0, 0x1000, 0x2000), Vec::new()).unwrap();
+        kept.done(Command::DmaUnmap, &unmap(0, 0x1000, 0x2000), Vec::new())
+            .unwrap();
 
         assert_eq!(kept.steps().len(), 2);
     }
@@ -242,7 +248,8 @@ mod tests {
     #[test]
     fn nothing_is_set_up_before_a_version() {
         let mut kept = Kept::default();
-        kept.done(Command::DmaMap, &map(0x1000, 0x1000), file()).unwrap();
+        kept.done(Command::DmaMap, &map(0x1000, 0x1000), file())
+            .unwrap();
 
         assert!(kept.steps().is_empty());
         assert!(!kept.agrees(&[]));
@@ -255,10 +262,12 @@ mod tests {
         let start = feature(payload::Feature::SET | payload::Feature::DMA_LOGGING_START);
         let stop = feature(payload::Feature::SET | payload::Feature::DMA_LOGGING_STOP);
 
-        kept.done(Command::DeviceFeature, &start, Vec::new()).unwrap();
+        kept.done(Command::DeviceFeature, &start, Vec::new())
+            .unwrap();
         assert_eq!(kept.logging(), Some(&*start));
         assert_eq!(kept.steps(), [Step::Version, Step::Logging]);
-        kept.done(Command::DeviceFeature, &stop, Vec::new()).unwrap();
+        kept.done(Command::DeviceFeature, &stop, Vec::new())
+            .unwrap();
         assert_eq!(kept.logging(), None);
     }
 

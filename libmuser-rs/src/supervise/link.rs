@@ -142,7 +142,13 @@ impl Stream {
             let prefix = Prefix { number, flags };
             let fds: Vec<_> = request.descriptors.iter().map(AsFd::as_fd).collect();
             request.given = true;
-            match send(&mut self.sender, Some(prefix), request.header, &request.payload, &fds) {
+            match send(
+                &mut self.sender,
+                Some(prefix),
+                request.header,
+                &request.payload,
+                &fds,
+            ) {
                 Ok(()) => {}
                 Err(StreamError::Socket(errno)) => {
                     let errno = Errno::new(errno as i32).unwrap_or(Errno::EIO);
@@ -173,7 +179,13 @@ impl Stream {
         payload: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), StreamError> {
-        send(&mut self.sender, Some(Prefix::default()), header, payload, fds)
+        send(
+            &mut self.sender,
+            Some(Prefix::default()),
+            header,
+            payload,
+            fds,
+        )
     }
 
     /// The step that a reply is for.

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::client::Channel;
 use super::client::{twin, Client, Reason};
 use super::kept::Step;
 use super::link::{limits, send, Fault, Stream};
 use super::requests::{ReplyTo, Request};
-use super::client::Channel;
 use super::Supervisor;
 use crate::error::Errno;
 use crate::vfio_user::control::{self, Packet, Received};
@@ -142,7 +142,11 @@ impl Supervisor {
     /// The program is gone: what it had not answered is for the next one.
     fn program_gone(&mut self) {
         // What it has sent before is as good as if it lived.
-        if self.program.as_ref().is_some_and(|program| program.stream.is_some()) {
+        if self
+            .program
+            .as_ref()
+            .is_some_and(|program| program.stream.is_some())
+        {
             self.take_from_program();
             self.take_from_program_twin();
         }
@@ -190,7 +194,10 @@ impl Supervisor {
         if expired.is_empty() {
             return;
         }
-        log::warn!("{} requests fail: no program has come in time", expired.len());
+        log::warn!(
+            "{} requests fail: no program has come in time",
+            expired.len()
+        );
         self.counters.timeouts += expired.len() as u64;
         for request in expired {
             if let Err(reason) = client.refuse(request.reply_to, ETIMEDOUT) {
@@ -216,7 +223,10 @@ impl Supervisor {
             let header = Header::parse(message.header()).unwrap_or_default();
             let body = message.body().to_vec();
             let descriptors = message.descriptors;
-            let stream = self.program.as_mut().and_then(|program| program.stream.as_mut());
+            let stream = self
+                .program
+                .as_mut()
+                .and_then(|program| program.stream.as_mut());
             let done = match header.kind() {
                 Ok(Kind::Command { .. }) => {
                     client.asked(header, body, descriptors, &mut self.sequence)
@@ -264,7 +274,10 @@ impl Supervisor {
             let Some(id) = known(channel, header.id) else {
                 continue;
             };
-            let stream = self.program.as_mut().and_then(|program| program.stream.as_mut());
+            let stream = self
+                .program
+                .as_mut()
+                .and_then(|program| program.stream.as_mut());
             if let Some((sender, _)) = stream.and_then(|stream| stream.twin.as_mut()) {
                 let reply = Header { id, ..header }.reply(result);
                 if let Err(error) = send(sender, None, reply, &body, &[]) {
@@ -419,7 +432,9 @@ fn set_up(
     let step = stream.answered_step();
     let step = step.ok_or("it replies to what it was not given")?;
     if let Err(errno) = result {
-        return Err(format!("it does not take over what is set up ({step:?}): {errno}"));
+        return Err(format!(
+            "it does not take over what is set up ({step:?}): {errno}"
+        ));
     }
     if step != Step::Version {
         return Ok(());

@@ -58,11 +58,12 @@ impl Request {
 
 /// A command of several writes, which programs get one by one: so each has a number of its own.
 #[derive(Debug)]
-pub(super) struct Several {
-    pub(super) header: Header,
-    pub(super) count: u64,
+struct Several {
+    header: Header,
     left: u64,
-    result: Result<(), Errno>,
+    /// Those that were done before the first that failed.
+    done: u64,
+    failed: Option<Errno>,
 }
 
 /// The requests of a session, in their order.
@@ -103,29 +104,37 @@ impl Requests {
         self.names += 1;
         let several = Several {
             header,
-            count,
             left: count,
-            result: Ok(()),
+            done: 0,
+            failed: None,
         };
         self.several.insert(self.names, several);
         self.names
     }
 
-    /// One of several writes has ended; the command itself if all have, with the first error.
+    /// One of several writes has ended. If all have: their command, and how many were done before the
+    /// first that failed; its error, if that was the first of all.
     pub(super) fn end_one(
         &mut self,
         name: u64,
         result: Result<(), Errno>,
-    ) -> Option<(Several, Result<(), Errno>)> {
+    ) -> Option<(Header, Result<u64, Errno>)> {
         let several = self.several.get_mut(&name)?;
         several.left = several.left.saturating_sub(1);
-        several.result = several.result.and(result);
+        match (several.failed, result) {
+            (None, Ok(())) => several.done += 1,
+            (None, Err(errno)) => several.failed = Some(errno),
+            (Some(_), _) => {}
+        }
         if several.left > 0 {
             return None;
         }
         let several = self.several.remove(&name)?;
-        let result = several.result;
-        Some((several, result))
+        let result = match several.failed {
+            Some(errno) if several.done == 0 => Err(errno),
+            _ => Ok(several.done),
+        };
+        Some((several.header, result))
     }
 
     /// Gives places to those which wait for one.
@@ -137,7 +146,8 @@ impl Requests {
             if let Some(mut request) = self.parked.pop_front() {
                 *sequence += 1;
                 request.header.id = place;
-                self.numbered.insert(*sequence << 16 | u64::from(place), request);
+                self.numbered
+                    .insert(*sequence << 16 | u64::from(place), request);
             }
         }
     }
@@ -185,7 +195,11 @@ impl Requests {
         expired
     }
 
-    fn take_where(&mut self, sequence: &mut u64, wanted: impl Fn(&Request) -> bool) -> Vec<Request> {
+    fn take_where(
+        &mut self,
+        sequence: &mut u64,
+        wanted: impl Fn(&Request) -> bool,
+    ) -> Vec<Request> {
         let numbers = self.numbered.iter();
         let numbers = numbers.filter(|(_, request)| wanted(request));
         let numbers: Vec<u64> = numbers.map(|(number, _)| *number).collect();
@@ -198,7 +212,9 @@ impl Requests {
     /// When the one that waits for longest came.
     pub(super) fn oldest(&self) -> Option<Instant> {
         let numbered = self.numbered.values().next();
-        numbered.or(self.parked.front()).map(|request| request.since)
+        numbered
+            .or(self.parked.front())
+            .map(|request| request.since)
     }
 
     /// Bytes that they take, roughly.
@@ -309,14 +325,19 @@ mod tests {
     }
 
     #[test]
-    fn several_writes_end_with_the_last_and_the_first_error() {
+    fn several_writes_end_with_the_last_and_count_up_to_an_error() {
         let mut requests = Requests::new();
         let name = requests.add_several(Header::default(), 3);
 
         assert!(requests.end_one(name, Ok(())).is_none());
         assert!(requests.end_one(name, Err(Errno::EINVAL)).is_none());
-        let (several, result) = requests.end_one(name, Err(Errno::EIO)).unwrap();
-        assert_eq!((several.count, result), (3, Err(Errno::EINVAL)));
+        let (_, result) = requests.end_one(name, Ok(())).unwrap();
+        assert_eq!(result, Ok(1));
         assert!(requests.end_one(name, Ok(())).is_none());
+
+        let name = requests.add_several(Header::default(), 2);
+        assert!(requests.end_one(name, Err(Errno::EINVAL)).is_none());
+        let (_, result) = requests.end_one(name, Err(Errno::EIO)).unwrap();
+        assert_eq!(result, Err(Errno::EINVAL));
     }
 }

@@ -138,7 +138,9 @@ impl Vectors {
         };
         let vectors = self.indexes.get(&step.index);
         let numbers = step.start..step.start.saturating_add(step.count);
-        let vectors = vectors.into_iter().flat_map(|all| all.range(numbers.clone()));
+        let vectors = vectors
+            .into_iter()
+            .flat_map(|all| all.range(numbers.clone()));
         let events = vectors.filter_map(|(_, vector)| {
             let event = vector.events.get(step.event?)?.as_ref()?;
             Some(event.as_fd())
@@ -181,11 +183,16 @@ mod tests {
         let trigger = |start, count| set(IrqAction::Trigger, start, count, IrqData::EventFds);
         vectors.set(&trigger(0, 3), events(3)).unwrap();
         vectors.set(&trigger(8, 1), events(1)).unwrap();
-        vectors.set(&set(IrqAction::Mask, 1, 1, IrqData::None), Vec::new()).unwrap();
+        vectors
+            .set(&set(IrqAction::Mask, 1, 1, IrqData::None), Vec::new())
+            .unwrap();
 
         let steps = vectors.steps();
 
-        assert_eq!(steps, [step(1, 1, None), step(0, 3, Some(2)), step(8, 1, Some(2))]);
+        assert_eq!(
+            steps,
+            [step(1, 1, None), step(0, 3, Some(2)), step(8, 1, Some(2))]
+        );
         let (payload, descriptors) = vectors.message(&steps[1]);
         assert_eq!((payload.len(), descriptors.len()), (20, 3));
         assert!(vectors.message(&steps[0]).1.is_empty());
@@ -194,10 +201,16 @@ mod tests {
     #[test]
     fn disabled_index_leaves_nothing() {
         let mut vectors = Vectors::default();
-        vectors.set(&set(IrqAction::Trigger, 0, 2, IrqData::EventFds), events(2)).unwrap();
-        vectors.set(&set(IrqAction::Mask, 0, 2, IrqData::None), Vec::new()).unwrap();
+        vectors
+            .set(&set(IrqAction::Trigger, 0, 2, IrqData::EventFds), events(2))
+            .unwrap();
+        vectors
+            .set(&set(IrqAction::Mask, 0, 2, IrqData::None), Vec::new())
+            .unwrap();
 
-        vectors.set(&set(IrqAction::Trigger, 0, 0, IrqData::None), Vec::new()).unwrap();
+        vectors
+            .set(&set(IrqAction::Trigger, 0, 0, IrqData::None), Vec::new())
+            .unwrap();
 
         assert!(vectors.steps().is_empty());
     }
@@ -205,9 +218,16 @@ mod tests {
     #[test]
     fn eventfds_taken_away_are_not_set_up() {
         let mut vectors = Vectors::default();
-        vectors.set(&set(IrqAction::Trigger, 0, 2, IrqData::EventFds), events(2)).unwrap();
+        vectors
+            .set(&set(IrqAction::Trigger, 0, 2, IrqData::EventFds), events(2))
+            .unwrap();
 
-        vectors.set(&set(IrqAction::Trigger, 0, 1, IrqData::EventFds), Vec::new()).unwrap();
+        vectors
+            .set(
+                &set(IrqAction::Trigger, 0, 1, IrqData::EventFds),
+                Vec::new(),
+            )
+            .unwrap();
 
         assert_eq!(vectors.steps(), [step(1, 1, Some(2))]);
     }
@@ -216,17 +236,23 @@ mod tests {
     fn chosen_vectors_are_masked_and_unmasked() {
         let mut vectors = Vectors::default();
         let bools = IrqData::Bools(&[1, 0, 1]);
-        vectors.set(&set(IrqAction::Mask, 4, 3, bools), Vec::new()).unwrap();
+        vectors
+            .set(&set(IrqAction::Mask, 4, 3, bools), Vec::new())
+            .unwrap();
         assert_eq!(vectors.steps(), [step(4, 1, None), step(6, 1, None)]);
 
-        vectors.set(&set(IrqAction::Unmask, 0, 10, IrqData::None), Vec::new()).unwrap();
+        vectors
+            .set(&set(IrqAction::Unmask, 0, 10, IrqData::None), Vec::new())
+            .unwrap();
         assert!(vectors.steps().is_empty());
     }
 
     #[test]
     fn firing_leaves_nothing() {
         let mut vectors = Vectors::default();
-        vectors.set(&set(IrqAction::Trigger, 0, 3, IrqData::None), Vec::new()).unwrap();
+        vectors
+            .set(&set(IrqAction::Trigger, 0, 3, IrqData::None), Vec::new())
+            .unwrap();
 
         assert!(vectors.steps().is_empty());
     }

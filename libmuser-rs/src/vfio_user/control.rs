@@ -363,8 +363,8 @@ pub(crate) fn receive(socket: BorrowedFd<'_>) -> Received {
 mod tests {
     use super::*;
     use crate::{Bar, Msix, PciBuilder};
-    use proptest::prelude::*;
     use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
+    use proptest::prelude::*;
     use std::os::fd::AsFd;
 
     fn attach() -> Packet {

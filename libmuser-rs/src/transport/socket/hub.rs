@@ -448,19 +448,26 @@ impl State {
         for _ in 0..count {
             let incoming = loop {
                 let Some(session) = &mut self.session else {
-                    return Err(refused("the session that was to be taken over has ended".into()));
+                    return Err(refused(
+                        "the session that was to be taken over has ended".into(),
+                    ));
                 };
                 session.flush();
                 match session.next(&mut data) {
                     Ok(Some(incoming)) => break incoming,
-                    Ok(None) => session.main.wait().map_err(|error| refused(error.to_string()))?,
+                    Ok(None) => session
+                        .main
+                        .wait()
+                        .map_err(|error| refused(error.to_string()))?,
                     Err(error) => return Err(refused(error.to_string())),
                 }
             };
             match self.handle(hub, incoming, &mut data)? {
                 Handled::Answered => {}
                 Handled::Taken(_) | Handled::Later => {
-                    return Err(refused("what sets a session up is not for the device".into()))
+                    return Err(refused(
+                        "what sets a session up is not for the device".into(),
+                    ))
                 }
             }
         }

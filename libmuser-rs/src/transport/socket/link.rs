@@ -82,7 +82,10 @@ impl Keeper for Link {
         } else {
             let state = make_state(options.state_size)?;
             let areas = make_areas(description)?;
-            let all: Vec<_> = std::iter::once(&state).chain(&areas).map(AsFd::as_fd).collect();
+            let all: Vec<_> = std::iter::once(&state)
+                .chain(&areas)
+                .map(AsFd::as_fd)
+                .collect();
             self.tell(&Packet::Memory, &all)?;
             (state, areas)
         };
@@ -130,9 +133,10 @@ impl Door for Link {
     fn accept(&self) -> Result<Knock> {
         match control::receive(self.control.as_fd()) {
             Received::Nothing => Ok(Knock::Nobody),
-            Received::Packet(Packet::Session { setup: 0 }, descriptors) => {
-                Ok(descriptors.into_iter().next().map_or(Knock::Closed, Knock::Client))
-            }
+            Received::Packet(Packet::Session { setup: 0 }, descriptors) => Ok(descriptors
+                .into_iter()
+                .next()
+                .map_or(Knock::Closed, Knock::Client)),
             Received::Packet(..) | Received::Malformed(_) => {
                 log::error!("the supervisor does not make sense");
                 Ok(Knock::Closed)
