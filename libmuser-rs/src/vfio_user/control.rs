@@ -295,7 +295,13 @@ fn parse_description(bytes: &[u8]) -> Result<(Description, u32), Malformed> {
             ..IrqInfo::new(irq.index, irq.count)
         });
     }
-    Ok((Description { regions, irqs }, counts.flags))
+    let description = Description {
+        regions,
+        irqs,
+        // A supervisor offers none.
+        io_events: Vec::new(),
+    };
+    Ok((description, counts.flags))
 }
 
 /// Sends a packet, without waiting.
