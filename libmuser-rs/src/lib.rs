@@ -113,6 +113,8 @@ mod server;
 mod state;
 mod sys;
 pub mod transport;
+#[doc(hidden)]
+pub mod vfio_user;
 
 pub use vm_memory;
 
