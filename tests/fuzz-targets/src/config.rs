@@ -314,7 +314,7 @@ fn compare(config: &libmuser::pci::ConfigSpace, model: &Model) {
 
 /// Walks the capabilities as a driver does, which trusts nothing.
 fn check_chain(config: &libmuser::pci::ConfigSpace, declared: &Declared) {
-    let mut byte = |at: u8| {
+    let byte = |at: u8| {
         let mut byte = [0];
         config.read(at.into(), &mut byte);
         byte[0]

@@ -10,13 +10,14 @@
 
 pub mod config;
 mod input;
+pub mod server;
 
 pub use input::Input;
 
 /// A target by its name.
 #[must_use]
 pub fn target(name: &str) -> Option<fn(&[u8])> {
-    let all: [(&str, fn(&[u8])); 1] = [("config", config::run)];
+    let all: [(&str, fn(&[u8])); 2] = [("config", config::run), ("server", server::run)];
     let found = all.into_iter().find(|(known, _)| *known == name);
     found.map(|(_, run)| run)
 }

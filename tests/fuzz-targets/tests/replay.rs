@@ -30,3 +30,8 @@ fn replay(name: &str) -> usize {
 fn corpus_of_config_holds() {
     assert_ne!(replay("config"), 0);
 }
+
+#[test]
+fn corpus_of_server_holds() {
+    assert_ne!(replay("server"), 0);
+}

@@ -170,20 +170,28 @@ pub(crate) enum Fuzz {
     /// executions, the edges covered, and the command to repeat it. An input that
     /// shows a fault is made smaller and kept. Needs a C++ compiler.
     Config(Search),
+
+    /// A server's stream: a client that says anything, with descriptors of every kind
+    ///
+    /// After each input the server must serve a client that behaves, and have
+    /// nothing left of the other one. Otherwise as config.
+    Server(Search),
 }
 
 /// A part of libmuser that has a fuzz target.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Target {
     Config,
+    Server,
 }
 
 impl Target {
-    pub(crate) const ALL: [Self; 1] = [Self::Config];
+    pub(crate) const ALL: [Self; 2] = [Self::Config, Self::Server];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Config => "config",
+            Self::Server => "server",
         }
     }
 }

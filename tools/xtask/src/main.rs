@@ -82,6 +82,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Task::Fuzz {
             part: Fuzz::Config(search),
         } => targets::run(&bench, Target::Config, &work(search)).map(code),
+        Task::Fuzz {
+            part: Fuzz::Server(search),
+        } => targets::run(&bench, Target::Server, &work(search)).map(code),
         Task::Check { fix } => {
             let report = check::run(&bench, fix)?;
             report.print();
