@@ -169,9 +169,30 @@ impl Hostile {
     /// Hears what there is.
     fn listen(&self) {
         let mut buffer = [0; 4096];
-        while (&self.socket)
-            .read(&mut buffer)
-            .is_ok_and(|count| count > 0)
-        {}
+        while let Ok(count) = (&self.socket).read(&mut buffer) {
+            if count == 0 {
+                break;
+            }
+            self.heard.borrow_mut().extend_from_slice(&buffer[..count]);
+        }
+    }
+
+    /// What was heard are messages, and such as a server sends.
+    fn check(&self) {
+        let heard = self.heard.borrow();
+        let mut rest = heard.as_slice();
+        while !rest.is_empty() {
+            let (header, _) = rest.split_first_chunk::<16>().expect("a header is whole");
+            let word = |at: usize| u32::from_ne_bytes([0, 1, 2, 3].map(|byte| header[at + byte]));
+            let command = u16::from_ne_bytes([header[2], header[3]]);
+            let (size, flags) = (word(4), word(8));
+            // DMA_READ and DMA_WRITE are the server's own.
+            let own = flags & 0xf == 0 && matches!(command, 11 | 12);
+            let failed = flags & 0x21 == 0x21 && (1..4096).contains(&word(12)) && size == 16;
+            let done = flags & 0x21 == 1;
+            assert!(own || failed || done, "it sends {header:x?}");
+            let size = usize::try_from(size).expect("it fits");
+            rest = rest.get(size.max(16)..).expect("a message is whole");
+        }
     }
 }
