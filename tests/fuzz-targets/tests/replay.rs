@@ -2,9 +2,14 @@
 //! What a fuzzer has found worth keeping, and what it has found wrong, once more.
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+/// Targets look at the whole process, so they run one at a time.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// Runs a target with each file of its folders; tells how many those were.
 fn replay(name: &str) -> usize {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let run = muser_fuzz_targets::target(name).unwrap();
     let mut count = 0;
     for folder in ["corpus", "regressions"] {
