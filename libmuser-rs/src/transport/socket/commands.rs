@@ -131,6 +131,9 @@ impl State {
         handled.or_else(|Refusal(errno, why)| {
             if let Some(session) = self.session_of(to.session) {
                 session.refuse(to, errno, format_args!("{why}"));
+                if session.peer.is_none() {
+                    session.end(format!("no version was agreed upon: {why}"));
+                }
             }
             Ok(Handled::Answered)
         })
