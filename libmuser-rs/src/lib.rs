@@ -128,7 +128,7 @@ pub use memory::SharedMemory;
 pub use model::PciModel;
 pub use pci::{Bar, Express, Msi, Msix, PowerManagement, VendorCapability, VendorExtended};
 pub use poller::{Member, Poller, Served};
-pub use region::{Access, Area, AreaKind, Region, RegionInfo, Width};
+pub use region::{Access, Area, AreaKind, IoEvent, Region, RegionInfo, Width};
 pub use server::{Ended, Moment, Quiesced, Server, SharedServer, Stop};
 pub use state::State;
 pub use transport::{AttachOptions, RequestId};

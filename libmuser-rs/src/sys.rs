@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "system calls have no safe wrapper here")]
 
 pub(crate) mod ancillary;
+pub(crate) mod event;
 
 use std::ffi::c_ulong;
 use std::fs::File;
