@@ -127,8 +127,15 @@ pub(crate) struct Target {
     _alone: MutexGuard<'static, ()>,
 }
 
+/// Does something to a server, which comes to no harm by it.
+pub(crate) fn attack(work: impl FnOnce(&Target)) {
+    let target = Target::start();
+    work(&target);
+    target.check();
+}
+
 impl Target {
-    pub(crate) fn start() -> Self {
+    fn start() -> Self {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let server = Listening::start(model(), Prober::new);
         let client = good_client(&server);
@@ -152,7 +159,7 @@ impl Target {
     }
 
     /// The next client is served, and nothing is left of those before it.
-    pub(crate) fn check(&self) {
+    fn check(&self) {
         let _client = good_client(&self.server);
         // Connections that were turned away are closed when the server hears of it.
         let until = Instant::now() + DEADLINE;
