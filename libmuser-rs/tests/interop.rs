@@ -233,12 +233,8 @@ mod their_client {
         let fd = event.as_fd().as_raw_fd();
         client.set_irqs(MSIX, flags, 0, 1, &[fd]).unwrap();
         // The MSI-X capability is the first one; its table is in BAR 4.
-        client
-            .region_write(CONFIG, 0x42, &0x8000_u16.to_le_bytes())
-            .unwrap();
-            |offset, data| client.region_write(CONFIG, offset, data).unwrap(),
-            4,
-        );
+        let enable = 0x8000_u16.to_le_bytes();
+        client.region_write(CONFIG, 0x42, &enable).unwrap();
         client.region_write(4, 12, &[0; 4]).unwrap();
         client.dma_map(0, 0x1_0000, PAGE, file.as_raw_fd()).unwrap();
         client

@@ -16,6 +16,7 @@ use crate::kernel::Tree;
 use crate::libtest::Output;
 use crate::qemu;
 use crate::report::Report;
+use crate::targets;
 use crate::workbench::Workbench;
 
 /// The test program of tests/e2e.
@@ -30,6 +31,9 @@ pub(crate) fn run(bench: &Workbench, asked: &Test) -> Report {
     }
     if !asked.no_host {
         part(&mut report, "host", || host(bench, filter));
+    }
+    if !asked.no_host && filter.is_none_or(|filter| "fuzz".contains(filter)) {
+        part(&mut report, "fuzz", || Ok(targets::suite(bench)));
     }
     let mut programs = None;
     for kernel in asked.kernel.kernels() {
