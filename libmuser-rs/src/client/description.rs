@@ -3,6 +3,7 @@
 //!
 //! All of it is checked here, so that nothing in a [`Layout`] contradicts itself.
 
+
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::connection::{Answer, Connection};
@@ -44,7 +45,6 @@ pub(super) fn ask(connection: &Connection) -> Result<Layout> {
             io_events: Vec::new(),
             regions: Vec::new(),
             irqs: Vec::new(),
-            io_events: Vec::new(),
         },
         can_reset: device.flags & DeviceInfo::RESET != 0,
         is_pci: device.flags & DeviceInfo::PCI != 0,
