@@ -112,6 +112,7 @@ mod poller;
 mod region;
 mod server;
 mod state;
+pub mod supervise;
 mod sys;
 pub mod transport;
 #[doc(hidden)]
@@ -128,7 +129,7 @@ pub use memory::SharedMemory;
 pub use model::PciModel;
 pub use pci::{Bar, Express, Msi, Msix, PowerManagement, VendorCapability, VendorExtended};
 pub use poller::{Member, Poller, Served};
-pub use region::{Access, Area, AreaKind, Region, RegionInfo, Width};
+pub use region::{Access, Area, AreaKind, IoEvent, Region, RegionInfo, Width};
 pub use server::{Ended, Moment, Quiesced, Server, SharedServer, Stop};
 pub use state::State;
-pub use transport::{AttachOptions, RequestId};
+pub use transport::{AttachOptions, RequestId, Wait};

@@ -4,7 +4,7 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::fs::File;
-use std::io::{ErrorKind, IoSlice, IoSliceMut, Read};
+use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -75,6 +75,11 @@ impl RawClient {
         }
     }
 
+    /// Sends, unless the connection is closed already; tells whether it has.
+    pub(crate) fn try_send(&self, bytes: &[u8]) -> bool {
+        (&self.socket).write_all(bytes).is_ok()
+    }
+
     /// Sends a command; tells its id.
     pub(crate) fn send(&mut self, command: Command, parts: &[&[u8]]) -> u16 {
         self.send_with(command, parts, &[])
@@ -93,7 +98,7 @@ impl RawClient {
 
     pub(crate) fn header(&mut self, command: Command) -> Header {
         let id = self.next;
-        self.next += 1;
+        self.next = self.next.wrapping_add(1);
         Header::command(id, command)
     }
 

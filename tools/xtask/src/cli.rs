@@ -3,6 +3,7 @@
 //! The command line: what a person can ask for, and the manual page for it.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -89,6 +90,14 @@ pub(crate) enum Task {
         fix: bool,
     },
 
+    /// Write the manual pages of muserctl and of the samples
+    ///
+    /// Each program says itself what stands in its page, as in its --help.
+    Man {
+        /// Where to; made if it is not there
+        dir: PathBuf,
+    },
+
     /// Prepare a kernel and print its build directory, the KDIR of a module build
     Kernel {
         /// Which kernel
@@ -162,9 +171,66 @@ pub(crate) enum Fuzz {
         #[arg(long, default_value = "debug")]
         kernel: Kernel,
     },
+
+    /// PCI configuration space: any device, any accesses, against a second implementation
+    ///
+    /// Guided by what of the library an input reaches. Ends with the number of
+    /// executions, the edges covered, and the command to repeat it. An input that
+    /// shows a fault is made smaller and kept. Needs a C++ compiler.
+    Config(Search),
+
+    /// A server's stream: a client that says anything, with descriptors of every kind
+    ///
+    /// After each input the server must serve a client that behaves, and have
+    /// nothing left of the other one. Otherwise as config.
+    Server(Search),
 }
 
+/// A part of libmuser that has a fuzz target.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Target {
+    Config,
+    Server,
+}
+
+impl Target {
+    pub(crate) const ALL: [Self; 2] = [Self::Config, Self::Server];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Config => "config",
+            Self::Server => "server",
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What to do with a target of libmuser's.
 #[derive(Debug, Args)]
+pub(crate) struct Search {
+    /// How long
+    #[arg(long, default_value_t = 60)]
+    pub(crate) seconds: u64,
+
+    /// Where the inputs come from; printed, and another one each time if not given
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) seed: Option<u32>,
+
+    /// Run this one input, such as one that has shown a fault
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["seconds", "seed"])]
+    pub(crate) input: Option<PathBuf>,
+
+    /// Put what was found so far into tests/fuzz-targets/corpus, as few inputs as reach the same
+    #[arg(long, conflicts_with_all = ["seconds", "seed", "input"])]
+    pub(crate) keep: bool,
+}
+
+#[derive(Clone, Debug, Args)]
 pub(crate) struct Storm {
     /// How often a process of the device is killed
     #[arg(long, default_value_t = 1000)]
@@ -176,7 +242,8 @@ pub(crate) struct Storm {
     #[arg(long)]
     pub(crate) seed: Option<u64>,
 
-    /// How the clients come to the device: group, cdev or compat
+    /// How the clients come to the device: group, cdev or compat; or socket, over a supervised
+    /// vfio-user socket on this machine, without a guest
     ///
     /// The stock kernel has groups only. Type1 on the debug kernel goes without
     /// DMA, since a lock inversion of its own would turn lockdep off.

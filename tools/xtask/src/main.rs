@@ -5,7 +5,7 @@
 //! Reading order: what can be asked for (`cli`), what takes long (`step`,
 //! `cache`), where kernels come from (`root`, `archive`, `kernel`), what is built
 //! for them (`module`, `guest`, `cpio`), how they run (`qemu`, `console`), and what
-//! that proves (`suite`, `fuzzing`, `check`, `libtest`, `report`).
+//! that proves (`suite`, `fuzzing`, `targets`, `check`, `libtest`, `report`).
 
 mod archive;
 mod cache;
@@ -15,6 +15,7 @@ mod console;
 mod cpio;
 mod fuzzing;
 mod guest;
+mod host;
 mod kernel;
 mod libtest;
 mod module;
@@ -24,6 +25,7 @@ mod report;
 mod root;
 mod step;
 mod suite;
+mod targets;
 mod workbench;
 
 use std::process::ExitCode;
@@ -32,11 +34,13 @@ use std::time::Duration;
 use anyhow::{bail, Result};
 use clap::Parser as _;
 
-use crate::cli::{Cli, Fuzz, Kernel, Storm, Task};
+use crate::cli::{Cli, Fuzz, Kernel, Search, Storm, Target, Task};
 use crate::guest::{Guest, Programs};
 use crate::kernel::Tree;
 use crate::workbench::Workbench;
 
+/// The road of a storm that needs no guest.
+const SOCKET: &str = "socket";
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 fn main() -> ExitCode {
@@ -59,6 +63,12 @@ fn run(cli: Cli) -> Result<ExitCode> {
             report.print();
             Ok(code(report.ok()))
         }
+        Task::Storm(storm) if storm.road == SOCKET => host::storm(&bench, &storm),
+        Task::Man { dir } => {
+            let pages = host::manual_pages(&bench, &dir)?;
+            println!("{pages} pages are in {}.", dir.display());
+            Ok(ExitCode::SUCCESS)
+        }
         Task::Storm(storm) => {
             let length = qemu::storm_length(storm.kernel, storm.kills);
             in_guest(&bench, storm.kernel, &storm_command(&storm), length)
@@ -78,6 +88,12 @@ fn run(cli: Cli) -> Result<ExitCode> {
             }
             in_guest(&bench, kernel, &command, Duration::from_secs(seconds))
         }
+        Task::Fuzz {
+            part: Fuzz::Config(search),
+        } => targets::run(&bench, Target::Config, &work(search)).map(code),
+        Task::Fuzz {
+            part: Fuzz::Server(search),
+        } => targets::run(&bench, Target::Server, &work(search)).map(code),
         Task::Check { fix } => {
             let report = check::run(&bench, fix)?;
             report.print();
@@ -115,8 +131,20 @@ fn run(cli: Cli) -> Result<ExitCode> {
     }
 }
 
+/// What was asked for of a target.
+fn work(search: Search) -> targets::Work {
+    match search.input {
+        Some(input) => targets::Work::Repeat(input),
+        None if search.keep => targets::Work::Keep,
+        None => targets::Work::Search {
+            seconds: search.seconds,
+            seed: search.seed,
+        },
+    }
+}
+
 /// The command of tests/e2e that a storm is.
-fn storm_command(storm: &Storm) -> Vec<String> {
+pub(crate) fn storm_command(storm: &Storm) -> Vec<String> {
     let mut command = vec!["storm".to_owned()];
     let mut option = |name: &str, value: String| command.extend([name.to_owned(), value]);
     option("--kills", storm.kills.to_string());

@@ -257,6 +257,15 @@ impl DmaTable {
         leaving(self.write_lock().by_start.values())
     }
 
+    /// Mappings that were about to go stay.
+    pub(crate) fn stay(&self, going: &[Arc<Mapped>]) {
+        // Nobody looks for one while the lock is held for writing.
+        let _mappings = self.write_lock();
+        for mapped in going {
+            mapped.leaving.store(false, Ordering::Relaxed);
+        }
+    }
+
     /// The mappings go, and with them what was acquired of them. Tells how many bytes went: what
     /// somebody else unmapped at the same time counts once.
     pub(crate) fn remove(&self, gone: &[Arc<Mapped>]) -> u64 {

@@ -159,7 +159,7 @@ impl State {
             ClientRequest::Version(version) => self.negotiate(hub, to, version)?,
             ClientRequest::DeviceInfo(query) => self.device_info(to, query),
             ClientRequest::RegionInfo(query) => self.region_info(to, query)?,
-            ClientRequest::RegionIoFds(query) => self.region_io_fds(to, query)?,
+            ClientRequest::RegionIoFds(query) => self.region_io_fds(hub, to, query)?,
             ClientRequest::IrqInfo(query) => self.irq_info(to, query)?,
             ClientRequest::SetIrqs(request) => {
                 self.set_irqs(hub, request, fds)?;

@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -18,6 +18,8 @@ use super::door::{Door, Knock};
 use super::events::{Events, Happened, Source};
 use super::flight::Flight;
 use super::guests::Guests;
+use super::interrupts::Gates;
+use super::io_events::IoEvents;
 use super::keeper::Keeper;
 use super::session::{Framing, ReplyTo, Session};
 use crate::error::{Errno, Error, Result};
@@ -32,6 +34,8 @@ const PLACES: u16 = RequestId::PLACES as u16;
 const SUPERVISED: u16 = PLACES / 2;
 /// In the numbers of requests that this side gives: a supervisor's are without.
 const OWN: u64 = 1 << 63;
+/// Clients of which the log has the end at its usual level.
+const LOGGED: u64 = 32;
 /// Turns after which it is looked what has happened beside the client's commands.
 const TURNS: u32 = 64;
 
@@ -77,6 +81,10 @@ pub(super) struct State {
     pub(super) irqs: Arc<Irqs>,
     pub(super) dma: Arc<DmaTable>,
     pub(super) files: FileCache,
+    pub(super) gates: Gates,
+    pub(super) io_events: IoEvents,
+    /// Whether the client wants to know what the device writes.
+    pub(super) logging: bool,
     flights: Vec<Flight>,
     /// Flights of which the next part can be taken.
     due: VecDeque<RequestId>,
@@ -122,6 +130,9 @@ impl Hub {
                 irqs: Arc::default(),
                 dma: Arc::default(),
                 files: FileCache::default(),
+                gates: Gates::default(),
+                io_events: IoEvents::default(),
+                logging: false,
                 flights: Vec::new(),
                 due: VecDeque::new(),
                 exclusive: false,
@@ -192,6 +203,7 @@ impl Hub {
     pub(super) fn detach(&self) {
         let mut state = self.lock();
         state.detached = true;
+        state.keeper.detach();
         if let Some(session) = state.session.take() {
             session.unwatch(&self.events);
         }
@@ -261,6 +273,10 @@ impl State {
             }
             if flight.closes {
                 self.closing = Closing::No;
+                if let Some(served) = &self.served {
+                    let areas: Vec<_> = served.areas.files().collect();
+                    self.keeper.wound_up(&areas);
+                }
             }
         } else {
             self.due.push_back(id);
@@ -287,17 +303,22 @@ impl State {
         }
         self.turns = self.turns.wrapping_add(1);
         if self.turns % TURNS == 0 {
-            if let Some(request) = self.look_around(hub, data)? {
-                return Ok(Some(request));
-            }
+            self.look_around(hub)?;
         }
-        if let Some(request) = self.take_command(hub, data)? {
-            return Ok(Some(request));
+        let request = self.take_new(hub, data)?;
+        if request.is_some() || !look {
+            return Ok(request);
         }
-        if !look {
+        self.look_around(hub)?;
+        self.take_new(hub, data)
+    }
+
+    /// What the device has to do next, if it may.
+    fn take_new(&mut self, hub: &Hub, data: &mut Vec<u8>) -> Result<Option<Request>> {
+        if self.exclusive {
             return Ok(None);
         }
-        if let Some(request) = self.look_around(hub, data)? {
+        if let Some(request) = self.take_io_event(data) {
             return Ok(Some(request));
         }
         self.take_command(hub, data)
@@ -348,14 +369,13 @@ impl State {
     }
 
     /// Looks at what is not the client's commands.
-    fn look_around(&mut self, hub: &Hub, _data: &mut Vec<u8>) -> Result<Option<Request>> {
+    fn look_around(&mut self, hub: &Hub) -> Result<()> {
         let mut happened = std::mem::take(&mut self.happened);
-        let looked = hub.events.look(&mut happened);
-        let request = Ok(None);
+        let mut looked = hub.events.look(&mut happened);
         for source in happened.sources() {
             match source {
                 Source::Inside | Source::Main => {}
-                Source::Door => self.answer_door(hub)?,
+                Source::Door => looked = looked.and_then(|()| self.answer_door(hub)),
                 Source::Twin => {
                     if let Some(session) = &mut self.session {
                         session.flush();
@@ -363,12 +383,12 @@ impl State {
                     }
                 }
                 Source::Guest(index) => self.guests.turn_away(index, &hub.events),
-                Source::Gate(_) | Source::IoEvent(_) => {}
+                Source::Gate(number) => self.pass_gate(hub, number),
+                Source::IoEvent(number) => self.note_io_event(number),
             }
         }
         self.happened = happened;
-        looked?;
-        request
+        looked
     }
 
     /// Somebody is at the door.
@@ -412,13 +432,73 @@ impl State {
         };
         session.unwatch(&hub.events);
         let reason = session.ended.as_deref().unwrap_or("it has gone");
-        log::info!("client {} is not served any more: {reason}", session.number);
+        // Clients could fill the log by coming and going.
+        let level = match session.number {
+            0..=LOGGED if session.peer.is_some() => log::Level::Info,
+            _ => log::Level::Debug,
+        };
+        log::log!(
+            level,
+            "client {} is not served any more: {reason}",
+            session.number
+        );
         self.irqs.disable_all();
         self.dma.clear();
+        self.drop_gates(hub);
+        self.drop_io_events(hub);
+        self.logging = false;
         // Who has never said a word has changed nothing.
         if session.peer.is_some() {
             self.closing = Closing::Due;
+        } else {
+            self.keeper.wound_up(&[]);
         }
+    }
+
+    /// The earlier server did not come to an end with winding up its client.
+    pub(super) fn take_over_close(&mut self) {
+        self.closing = Closing::Due;
+    }
+
+    /// Takes over a client of the earlier server's: so many messages come first that set up what that
+    /// one had set up. Nothing of it is for the device.
+    ///
+    /// # Errors
+    ///
+    /// The supervisor has gone, or does not make sense.
+    pub(super) fn take_over(&mut self, hub: &Hub, stream: OwnedFd, count: u32) -> Result<()> {
+        self.sessions += 1;
+        let session = Session::new(self.sessions, stream, self.framing, &hub.events)?;
+        self.session = Some(session);
+        let refused = |message: String| Error::refused(libc::EPROTO, message);
+        let mut data = Vec::new();
+        for _ in 0..count {
+            let incoming = loop {
+                let Some(session) = &mut self.session else {
+                    return Err(refused(
+                        "the session that was to be taken over has ended".into(),
+                    ));
+                };
+                session.flush();
+                match session.next(&mut data) {
+                    Ok(Some(incoming)) => break incoming,
+                    Ok(None) => session
+                        .main
+                        .wait()
+                        .map_err(|error| refused(error.to_string()))?,
+                    Err(error) => return Err(refused(error.to_string())),
+                }
+            };
+            match self.handle(hub, incoming, &mut data)? {
+                Handled::Answered => {}
+                Handled::Taken(_) | Handled::Later => {
+                    return Err(refused(
+                        "what sets a session up is not for the device".into(),
+                    ))
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The reset after a client, ahead of everything of the next one.
@@ -465,6 +545,7 @@ impl State {
         let mut inside = !self.due.is_empty();
         inside |= self.closing == Closing::Due && self.flights_are_over() && !self.exclusive;
         inside |= self.session.is_none() && self.shut && self.flights_are_over();
+        inside |= self.io_events.has_signals() && !self.exclusive && self.has_room();
         let mut answers = false;
         if let Some(session) = &mut self.session {
             session.watch(&hub.events)?;

@@ -7,8 +7,10 @@ use std::sync::{Arc, Weak};
 use zerocopy::IntoBytes;
 
 use super::commands::Refusal;
+use super::features::{bitmap, bitmap_size};
 use super::flight::{Flight, Unmap};
 use super::hub::{Handled, State};
+use super::infos::size_of_u32;
 use super::remote::ClientMemory;
 use super::session::ReplyTo;
 use crate::error::Errno;
@@ -80,6 +82,10 @@ impl State {
                 let why = format!("nothing is mapped at IOVA {:#x}", request.address);
                 return Err(Refusal::new(ENOENT, why));
             }
+            if let Some(wanted) = request.bitmap {
+                self.check_bitmap(wanted, request.argsz, request.size)
+                    .inspect_err(|_| self.dma.stay(&going))?;
+            }
             going
         };
         let mut unmap = Unmap::new(request, going);
@@ -95,18 +101,39 @@ impl State {
     /// The device has let go of it.
     pub(super) fn end_unmap(&mut self, to: ReplyTo, unmap: &Unmap) {
         let request = unmap.request;
-        self.dma.remove(&unmap.going);
-        let flags = if request.all {
+        let mut flags = if request.all {
             payload::DmaUnmap::ALL
         } else {
             0
         };
+        let dirty = request.bitmap.map(|wanted| {
+            flags |= payload::DmaUnmap::DIRTY_BITMAP;
+            // It was checked when the command came.
+            let size = bitmap_size(request.size, wanted.pgsize).unwrap_or(0);
+            let end = request.address.saturating_add(request.size);
+            let bits = bitmap(&self.dma, request.address..end, wanted.pgsize, size);
+            let fixed = payload::Bitmap {
+                pgsize: wanted.pgsize,
+                size: bits.len() as u64,
+            };
+            (fixed, bits)
+        });
+        self.dma.remove(&unmap.going);
+        let around = size_of_u32::<payload::DmaUnmap>();
+        let more = dirty
+            .as_ref()
+            .map_or(0, |(fixed, bits)| size_of_val(fixed) + bits.len());
         let fixed = payload::DmaUnmap {
-            argsz: super::infos::size_of_u32::<payload::DmaUnmap>(),
+            argsz: around.saturating_add(u32::try_from(more).unwrap_or(u32::MAX)),
             flags,
             address: request.address,
             size: request.size,
         };
-        self.reply_to(to, Ok(&[fixed.as_bytes()]));
+        match &dirty {
+            Some((bitmap, bits)) => {
+                self.reply_to(to, Ok(&[fixed.as_bytes(), bitmap.as_bytes(), bits]));
+            }
+            None => self.reply_to(to, Ok(&[fixed.as_bytes()])),
+        }
     }
 }
