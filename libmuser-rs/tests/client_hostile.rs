@@ -2,6 +2,8 @@
 //! What a client makes of servers that do not follow the protocol: an error that says so, in time,
 //! and nothing that stays behind.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
@@ -112,8 +114,8 @@ fn flip(at: usize, bits: u8) -> impl Fn(&Asked, Answer) -> Answer + Send + Clone
 }
 
 fn pipe() -> (File, OwnedFd) {
-    let (reader, writer) = std::io::pipe().unwrap();
-    (File::from(OwnedFd::from(reader)), writer.into())
+    let (reader, writer) = nix::unistd::pipe().unwrap();
+    (File::from(reader), writer)
 }
 
 /// Whether every copy of the pipe's writing end is closed, or will be at once.

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The first message, and what two sides agree upon.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use libmuser::vfio_user::capabilities::Capabilities;
 use libmuser::vfio_user::wire::payload;
 use libmuser::vfio_user::wire::request::Version;

@@ -75,7 +75,7 @@ impl Stop {
     }
 
     /// Whether it was used. Unlike the descriptor, this costs nothing to ask.
-    pub(super) fn is_used(&self) -> bool {
+    pub(crate) fn is_used(&self) -> bool {
         #[cfg(feature = "cli")]
         if self.inner.on_termination.load(Ordering::SeqCst) && crate::sys::is_terminated() {
             return true;

@@ -4,8 +4,10 @@
 
 mod device;
 mod lane;
+mod port;
 mod registers;
 mod restart;
+mod socket;
 pub mod stand_in;
 
 use std::fmt;
@@ -17,11 +19,12 @@ use anyhow::{ensure, Context, Result};
 use self::device::Killer;
 pub use self::device::Program;
 use self::lane::{Lane, Tally};
+use self::port::Port;
 use self::registers::{register, ADDRESS, BLOCK, LANES, LANE_COUNT, VALUE, VECTORS};
 use crate::mdev::{Mdev, Type};
 use crate::node::CONFIG;
 use crate::random::Random;
-use crate::sys::{Mapping, PAGE};
+use crate::sys::{EventFd, Mapping, PAGE};
 use crate::time;
 use crate::vfio::{Client, Road, DMA_BOTH};
 
@@ -123,6 +126,54 @@ impl fmt::Display for Outcome {
     }
 }
 
+/// Who starts and ends the device's processes.
+trait Strikes {
+    /// Lets a process live for a while, and ends it.
+    ///
+    /// # Errors
+    ///
+    /// When a process does not come to serve, or ends by itself.
+    fn strike(&mut self) -> Result<()>;
+
+    /// Has a process serve the device.
+    ///
+    /// # Errors
+    ///
+    /// When it does not in time.
+    fn revive(&mut self) -> Result<()>;
+
+    /// What the device and its road can do.
+    fn ability(&self) -> Ability;
+
+    /// SIGKILLs sent.
+    fn kills(&self) -> u64;
+
+    /// Processes that were replaced in peace.
+    fn hand_overs(&self) -> u64;
+}
+
+impl Strikes for Killer<'_> {
+    fn strike(&mut self) -> Result<()> {
+        Killer::strike(self)
+    }
+
+    fn revive(&mut self) -> Result<()> {
+        Killer::revive(self)
+    }
+
+    fn ability(&self) -> Ability {
+        Killer::ability(self)
+    }
+
+    fn kills(&self) -> u64 {
+        self.kills
+    }
+
+    fn hand_overs(&self) -> u64 {
+        self.hand_overs
+    }
+}
+
 impl Storm {
     /// Has the storm, and says what came of it.
     ///
@@ -148,7 +199,8 @@ impl Storm {
             .with_context(|| format!("opening the {} client", self.road))?;
         client.write_all(CONFIG, COMMAND.0, &COMMAND.1)?;
         let memory = self.memory(&client, killer.ability())?;
-        let outcome = self.hammer(&client, &mut killer, memory.as_ref())?;
+        let interrupts = client.enable_irqs(VECTORS, 0, LANE_COUNT)?;
+        let outcome = self.hammer(&client, &interrupts, &mut killer, memory.as_ref())?;
         if outcome.stuck == 0 && self.restarts > 0 {
             restart::measure(&client, &mut killer, self.restarts)?;
         }
@@ -183,12 +235,12 @@ impl Storm {
 
     fn hammer(
         &self,
-        client: &Client,
-        killer: &mut Killer<'_>,
+        client: &dyn Port,
+        interrupts: &[EventFd],
+        killer: &mut dyn Strikes,
         memory: Option<&Mapping>,
     ) -> Result<Outcome> {
         let ability = killer.ability();
-        let interrupts = client.enable_irqs(VECTORS, 0, LANE_COUNT)?;
         let deadline = self.deadline;
         let tally = Tally::default();
         let over = AtomicBool::new(false);
@@ -198,7 +250,7 @@ impl Storm {
         let began = Instant::now();
         let clock = || u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX) + 1;
         std::thread::scope(|scope| {
-            for (number, interrupt) in (0..CLIENTS).zip(&interrupts) {
+            for (number, interrupt) in (0..CLIENTS).zip(interrupts) {
                 let mut lane = Lane {
                     number,
                     client,
@@ -234,8 +286,8 @@ impl Storm {
                     .filter(|&since| since != 0 && now.saturating_sub(since) > limit)
                     .count() as u64
             };
-            let outcome = |killer: &Killer<'_>, stuck: u64| Outcome {
-                kills: killer.kills,
+            let outcome = |killer: &dyn Strikes, stuck: u64| Outcome {
+                kills: killer.kills(),
                 operations: tally.operations.load(Ordering::Relaxed),
                 lost: tally.lost.load(Ordering::Relaxed),
                 doubled: tally.doubled.load(Ordering::Relaxed),
@@ -243,7 +295,7 @@ impl Storm {
             };
             let mut kill = || -> Result<()> {
                 let mut told = Instant::now();
-                while killer.kills < self.kills && stuck(2 * deadline) == 0 {
+                while killer.kills() < self.kills && stuck(2 * deadline) == 0 {
                     killer.strike()?;
                     if told.elapsed() > PROGRESS {
                         told = Instant::now();
@@ -275,7 +327,7 @@ impl Storm {
             println!(
                 "{} s, {} hand-overs",
                 began.elapsed().as_secs(),
-                killer.hand_overs
+                killer.hand_overs()
             );
             ensure!(
                 self.kills == 0 || outcome.operations >= self.kills,
