@@ -295,7 +295,12 @@ fn parse_description(bytes: &[u8]) -> Result<(Description, u32), Malformed> {
             ..IrqInfo::new(irq.index, irq.count)
         });
     }
-    Ok((Description { regions, irqs }, counts.flags))
+    let description = Description {
+        regions,
+        irqs,
+        io_events: Vec::new(),
+    };
+    Ok((description, counts.flags))
 }
 
 /// Sends a packet, without waiting.
