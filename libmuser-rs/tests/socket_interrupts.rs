@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `DEVICE_SET_IRQS` over the socket: every action, with every kind of data.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
@@ -223,7 +225,7 @@ fn what_there_is_not_is_einval() {
     let (mut client, _bus, _server) = start();
     let events = events(2);
     let fds = fds(&events);
-    let (pipe, _writer) = std::io::pipe().unwrap();
+    let (pipe, _writer) = nix::unistd::pipe().unwrap();
     let mut set = |flags, vectors, data: &[u8], fds: &[BorrowedFd<'_>]| {
         client.set_irqs(flags, vectors, data, fds)
     };

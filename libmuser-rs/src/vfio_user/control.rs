@@ -298,6 +298,7 @@ fn parse_description(bytes: &[u8]) -> Result<(Description, u32), Malformed> {
     let description = Description {
         regions,
         irqs,
+        // A supervisor offers none.
         io_events: Vec::new(),
     };
     Ok((description, counts.flags))

@@ -109,6 +109,11 @@ impl Receiver {
         &self.socket
     }
 
+    /// Sets how many descriptors a message may bring.
+    pub(crate) fn set_descriptors(&mut self, descriptors: usize) {
+        self.limits.descriptors = descriptors;
+    }
+
     /// Whether [`receive`](Self::receive) has a message, or the end, without the socket: what is
     /// buffered here does not make the socket readable.
     pub(crate) fn is_ready(&self) -> bool {
