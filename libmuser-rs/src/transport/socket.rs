@@ -116,10 +116,14 @@ impl SocketTransport {
 
 impl Transport for SocketTransport {
     fn attach(&mut self, description: &Description, options: &AttachOptions) -> Result<Attachment> {
-        let mut state = self.hub.lock();
-        let kept = state.keeper.attach(description, options)?;
-        let areas = areas::Areas::new(description, kept.areas, &*state.keeper)?;
+        let mut hub = self.hub.lock();
+        let kept = hub.keeper.attach(description, options)?;
+        let areas = areas::Areas::new(description, kept.areas, &*hub.keeper)?;
         let memory = areas.memory().to_vec();
+        if let Some(state) = kept.state.as_ref().filter(|_| !kept.recovered) {
+            let files: Vec<_> = areas.files().collect();
+            hub.keeper.made(state.as_fd(), &files)?;
+        }
         let outlives = match kept.state {
             Some(file) => {
                 let failed = |errno| Error::io("mapping the state", errno);
@@ -128,20 +132,20 @@ impl Transport for SocketTransport {
             }
             None => None,
         };
-        state.irqs.describe(description);
-        state.served = Some(Served {
+        hub.irqs.describe(description);
+        hub.served = Some(Served {
             description: description.clone(),
             areas,
         });
-        let trigger = Arc::clone(&state.irqs);
-        let dma = Arc::clone(&state.dma);
+        let trigger = Arc::clone(&hub.irqs);
+        let dma = Arc::clone(&hub.dma);
         if kept.closing {
-            state.take_over_close();
+            hub.take_over_close();
         }
         if let Some((stream, count)) = kept.session {
-            state.take_over(&self.hub, stream, count)?;
+            hub.take_over(&self.hub, stream, count)?;
         }
-        state.update(&self.hub)?;
+        hub.update(&self.hub)?;
         Ok(Attachment {
             state: outlives,
             recovered: kept.recovered,

@@ -24,6 +24,15 @@ pub(crate) trait Keeper: Debug + Send {
     /// There is no memory.
     fn make_file(&self, region: u32, size: u64) -> Result<OwnedFd>;
 
+    /// Nothing was [kept](Kept), and this is what was made.
+    ///
+    /// # Errors
+    ///
+    /// It can't be kept.
+    fn made(&self, _state: BorrowedFd<'_>, _areas: &[BorrowedFd<'_>]) -> Result<()> {
+        Ok(())
+    }
+
     /// A client is wound up, and the files of the areas are these from now on; none if the client has
     /// changed nothing.
     fn wound_up(&self, _areas: &[BorrowedFd<'_>]) {}
@@ -35,8 +44,7 @@ pub(crate) trait Keeper: Debug + Send {
 /// What an earlier server has left.
 #[derive(Debug, Default)]
 pub(crate) struct Kept {
-    /// The files of all regions that have mappable areas, by ascending region. If there are none
-    /// yet, they are [made](Keeper::make_file).
+    /// The files of all areas. If there are none yet, they are made.
     pub(crate) areas: Option<Vec<OwnedFd>>,
     /// The file of the state, as large as it has to be at least.
     pub(crate) state: Option<OwnedFd>,

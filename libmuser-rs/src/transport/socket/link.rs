@@ -15,7 +15,6 @@ use super::areas::make_file;
 use super::door::{Door, Knock};
 use super::keeper::{Keeper, Kept};
 use crate::error::{Error, Result};
-use crate::region::{AreaKind, RegionInfo};
 use crate::transport::{AttachOptions, Description};
 use crate::vfio_user::control::{self, Attach, Packet, Received};
 use crate::vfio_user::stream::{wait, Ready};
@@ -78,16 +77,9 @@ impl Keeper for Link {
         let (state, areas) = if attached.recovered {
             let state = files.next().ok_or_else(unexpected)?;
             check_size(&state, options.state_size)?;
-            (state, files.collect())
+            (state, Some(files.collect()))
         } else {
-            let state = make_state(options.state_size)?;
-            let areas = make_areas(description)?;
-            let all: Vec<_> = std::iter::once(&state)
-                .chain(&areas)
-                .map(AsFd::as_fd)
-                .collect();
-            self.tell(&Packet::Memory, &all)?;
-            (state, areas)
+            (make_file(options.state_size.max(1) as u64)?, None)
         };
         let session = if attached.session && !attached.closing {
             match self.hear()? {
@@ -101,7 +93,7 @@ impl Keeper for Link {
             None
         };
         Ok(Kept {
-            areas: Some(areas),
+            areas,
             state: Some(state),
             recovered: attached.recovered,
             closing: attached.closing,
@@ -111,6 +103,10 @@ impl Keeper for Link {
 
     fn make_file(&self, _region: u32, size: u64) -> Result<OwnedFd> {
         make_file(size)
+    }
+
+    fn made(&self, state: BorrowedFd<'_>, areas: &[BorrowedFd<'_>]) -> Result<()> {
+        self.tell(&Packet::Memory, &[&[state], areas].concat())
     }
 
     fn wound_up(&self, areas: &[BorrowedFd<'_>]) {
@@ -149,20 +145,6 @@ impl Door for Link {
         // There is no other client before the one before is wound up.
         false
     }
-}
-
-/// A file for each region that has mappable areas.
-fn make_areas(description: &Description) -> Result<Vec<OwnedFd>> {
-    let mappable = |region: &&RegionInfo| {
-        let mut areas = region.areas.iter();
-        areas.any(|area| area.kind == AreaKind::Mappable)
-    };
-    let regions = description.regions.iter().filter(mappable);
-    regions.map(|region| make_file(region.size)).collect()
-}
-
-fn make_state(size: usize) -> Result<OwnedFd> {
-    make_file(size.max(1) as u64)
 }
 
 /// Whether all of the state can be mapped: what is behind the end of a file can't be touched.

@@ -44,8 +44,8 @@ pub struct Storm {
     pub kills: u64,
     /// Where the killer's and the clients' choices come from.
     pub seed: u64,
-    /// How the clients come to the device.
-    pub road: Road,
+    /// How the clients come to the device: by the kernel, or over a supervised socket.
+    pub road: Option<Road>,
     /// The device.
     pub program: Program,
     /// How often the time from an attachment to the first answer is measured.
@@ -182,6 +182,9 @@ impl Storm {
     /// When something else went wrong than an operation: the device's program can't be started, or
     /// ends by itself.
     pub fn run(&self) -> Result<Outcome> {
+        let Some(road) = self.road else {
+            return socket::run(self);
+        };
         let mdev = Mdev::create(Type::Pci)?;
         mdev.set_attribute("reattach_timeout_ms", "60000")?;
         let life = Duration::from_millis(15) * time::slowness();
@@ -191,14 +194,14 @@ impl Storm {
             "storm of {} kills on {} over the {}, seed {}: {}",
             self.kills,
             self.program.0,
-            self.road,
+            road,
             self.seed,
             killer.ability()
         );
-        let client = Client::open(&mdev, self.road)
-            .with_context(|| format!("opening the {} client", self.road))?;
+        let client =
+            Client::open(&mdev, road).with_context(|| format!("opening the {road} client"))?;
         client.write_all(CONFIG, COMMAND.0, &COMMAND.1)?;
-        let memory = self.memory(&client, killer.ability())?;
+        let memory = self.memory(&client, road, killer.ability())?;
         let interrupts = client.enable_irqs(VECTORS, 0, LANE_COUNT)?;
         let outcome = self.hammer(&client, &interrupts, &mut killer, memory.as_ref())?;
         if outcome.stuck == 0 && self.restarts > 0 {
@@ -211,11 +214,11 @@ impl Storm {
     }
 
     /// Memory for the lanes' blocks, mapped and made known to them, where the kernel can do that.
-    fn memory(&self, client: &Client, ability: Ability) -> Result<Option<Mapping>> {
+    fn memory(&self, client: &Client, road: Road, ability: Ability) -> Result<Option<Mapping>> {
         if !ability.dma {
             return Ok(None);
         }
-        if let Some(why) = self.road.spoiled_for_dma() {
+        if let Some(why) = road.spoiled_for_dma() {
             // The sample's GO has nothing to do without its block.
             ensure!(
                 self.program.0.starts_with("storm-device"),
