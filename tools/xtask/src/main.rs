@@ -5,7 +5,7 @@
 //! Reading order: what can be asked for (`cli`), what takes long (`step`,
 //! `cache`), where kernels come from (`root`, `archive`, `kernel`), what is built
 //! for them (`module`, `guest`, `cpio`), how they run (`qemu`, `console`), and what
-//! that proves (`suite`, `fuzzing`, `check`, `libtest`, `report`).
+//! that proves (`suite`, `vmm`, `fuzzing`, `check`, `libtest`, `report`).
 
 mod archive;
 mod cache;
@@ -24,6 +24,7 @@ mod report;
 mod root;
 mod step;
 mod suite;
+mod vmm;
 mod workbench;
 
 use std::process::ExitCode;

@@ -1,21 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `cargo xtask test`: the lints, the tests of the host, and the suite in each
-//! kernel. A part that fails never keeps the next one from running.
+//! `cargo xtask test`: the lints, the tests of the host, the devices in QEMU, and
+//! the suite in each kernel. A part that fails never keeps the next one from
+//! running.
 
+use std::cell::OnceCell;
 use std::io::{BufRead as _, BufReader};
 use std::time::Instant;
 
 use anyhow::{bail, Context as _, Result};
 
 use crate::check;
-use crate::cli::{Kernel, Test};
+use crate::cli::{Kernel, Stage, Test};
 use crate::fuzzing::{self, Fuzzing};
 use crate::guest::{Guest, Programs};
 use crate::kernel::Tree;
 use crate::libtest::Output;
 use crate::qemu;
 use crate::report::Report;
+use crate::vmm;
 use crate::workbench::Workbench;
 
 /// The test program of tests/e2e.
@@ -25,21 +28,28 @@ const SUITE: &str = "e2e";
 pub(crate) fn run(bench: &Workbench, asked: &Test) -> Report {
     let mut report = Report::default();
     let filter = asked.filter.as_deref();
-    if !asked.no_check && filter.is_none() {
+    if asked.wants(Stage::Check) {
         part(&mut report, "check", || check::run(bench, false));
     }
-    if !asked.no_host {
+    if asked.wants(Stage::Host) {
         part(&mut report, "host", || host(bench, filter));
     }
-    let mut programs = None;
-    for kernel in asked.kernel.kernels() {
-        part(&mut report, kernel.name(), || {
-            let programs = match &programs {
-                Some(programs) => programs,
-                None => programs.insert(Programs::build(bench)?),
-            };
-            in_kernel(bench, kernel, programs, filter)
+    let programs = OnceCell::new();
+    let programs = || match programs.get() {
+        Some(built) => Ok(built),
+        None => Programs::build(bench).map(|built| programs.get_or_init(|| built)),
+    };
+    if asked.wants(Stage::Vmm) {
+        part(&mut report, vmm::NAME, || {
+            vmm::run(bench, programs()?, filter)
         });
+    }
+    for kernel in Kernel::ALL {
+        if asked.wants(kernel.into()) {
+            part(&mut report, kernel.name(), || {
+                in_kernel(bench, kernel, programs()?, filter)
+            });
+        }
     }
     if report.empty() {
         let why = "no test has such a name".to_owned();
