@@ -16,6 +16,7 @@
 //! | 3    | the device could not be opened or attached to, or can't exist        |
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Command, FromArgMatches};
@@ -23,13 +24,13 @@ use log::{LevelFilter, Log, Metadata, Record};
 use serde_json::{json, Value};
 
 use crate::device::{Bus, Device, SharedDevice};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::PciModel;
 use crate::pci::regs::*;
 use crate::region::{AreaKind, Region};
 use crate::server::{Ended, Server, SharedServer, Stop};
 use crate::transport::kernel::Uuid;
-use crate::transport::{AttachOptions, KernelTransport};
+use crate::transport::{AttachOptions, KernelTransport, ListenOptions, SocketTransport, Transport};
 
 /// Serving failed.
 const EXIT_FAILED: u8 = 1;
@@ -56,9 +57,17 @@ pub struct Options {
     #[arg(
         long,
         value_name = "UUID",
-        required_unless_present = "print_capabilities"
+        required_unless_present_any = ["print_capabilities", "socket_path", "fd"]
     )]
     pub uuid: Option<Uuid>,
+
+    /// Serve vfio-user clients which connect to this socket, which is made
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["uuid", "fd"])]
+    pub socket_path: Option<PathBuf>,
+
+    /// Serve vfio-user clients over this descriptor: a socket that listens, or is connected
+    #[arg(long, value_name = "N", conflicts_with = "uuid")]
+    pub fd: Option<i32>,
 
     /// If another process serves the device, wait for it to hand the device over, which it is asked
     /// to do at once; clients notice nothing. Otherwise that is an error
@@ -183,7 +192,7 @@ impl Options {
         &self,
         (name, version): (&str, &str),
         model: Result<PciModel>,
-        attach: impl FnOnce(PciModel, KernelTransport, AttachOptions) -> Result<R>,
+        attach: impl FnOnce(PciModel, Box<dyn Transport>, AttachOptions) -> Result<R>,
     ) -> ExitCode {
         StderrLog::install(self.level());
         let attached = model.and_then(|model| {
@@ -192,15 +201,27 @@ impl Options {
                 writeln!(std::io::stdout(), "{capabilities:#}")?;
                 return Ok(None);
             }
-            let Some(uuid) = &self.uuid else {
-                return Ok(None);
-            };
             let options = AttachOptions::new().standby(self.take_over);
-            let server = attach(model, KernelTransport::open(uuid)?, options)?;
+            let (transport, what): (Box<dyn Transport>, _) =
+                match (&self.uuid, &self.socket_path, self.fd) {
+                    (Some(uuid), ..) => (Box::new(KernelTransport::open(uuid)?), uuid.to_string()),
+                    (_, Some(path), _) => (
+                        Box::new(SocketTransport::listen(path, ListenOptions::new())?),
+                        path.display().to_string(),
+                    ),
+                    (.., Some(number)) => {
+                        let fd = crate::sys::inherit(number)
+                            .map_err(|errno| Error::io(format!("descriptor {number}"), errno))?;
+                        let transport = SocketTransport::from_fd(fd)?;
+                        (Box::new(transport), format!("descriptor {number}"))
+                    }
+                    _ => return Ok(None),
+                };
+            let server = attach(model, transport, options)?;
             // Before, while it may wait for another server, a signal just ends the process.
             let stop = Stop::new()?;
             stop.use_on_termination()?;
-            log::info!("{name} serves {uuid}");
+            log::info!("{name} serves {what}");
             Ok(Some((server, stop)))
         });
         let (server, stop) = match attached {

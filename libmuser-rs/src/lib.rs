@@ -112,6 +112,8 @@ mod server;
 mod state;
 mod sys;
 pub mod transport;
+#[doc(hidden)]
+pub mod vfio_user;
 
 pub use vm_memory;
 

@@ -5,7 +5,7 @@
 //! accesses are volatile copies, or atomic, with the types of [`vm_memory`].
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use nix::errno::Errno as Number;
@@ -147,6 +147,14 @@ impl SharedMemory {
                 rest.copy_from(&ZEROES);
             }
         }
+    }
+
+    /// Shows what is at `offset` of another file instead, to everybody who has this handle. Of a
+    /// handle that is a whole mapping.
+    pub(crate) fn replace(&self, file: BorrowedFd<'_>, offset: u64) -> Result<()> {
+        self.mapping
+            .replace(file, offset)
+            .map_err(|errno| Error::io("mapping shared memory", errno))
     }
 
     fn outside(&self, offset: usize, error: &vm_memory::VolatileMemoryError) -> Error {

@@ -4,6 +4,8 @@
 
 #![expect(unsafe_code, reason = "system calls have no safe wrapper here")]
 
+pub(crate) mod ancillary;
+
 use std::ffi::c_ulong;
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -103,6 +105,23 @@ impl Mapping {
         // SAFETY: By the invariant, the memory is mapped as long as `self` lives; `len` bytes from
         // `start` on lie in it.
         Some(unsafe { VolatileSlice::with_bitmap(start, len, log, None) })
+    }
+}
+
+impl Mapping {
+    /// Maps another file at the same place, for reading and writing: at no moment is nothing there.
+    /// Who accesses it meanwhile gets what is in one of the two.
+    pub(crate) fn replace(&self, file: BorrowedFd<'_>, offset: u64) -> Result<(), Errno> {
+        let length = NonZeroUsize::new(self.len).ok_or(Errno::EINVAL)?;
+        let offset = libc::off_t::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
+        let address = NonZeroUsize::new(self.start.as_ptr().expose_provenance());
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
+        // SAFETY: By the invariant all of the range is this mapping's, of which nobody has
+        // references, but volatile and atomic accesses only.
+        unsafe { mmap(address, length, protection, flags, file, offset) }?;
+        // INVARIANT: There is a mapping of the same place and size, and it is writable.
+        Ok(())
     }
 }
 
@@ -275,6 +294,21 @@ extern "C" fn terminate(_signal: libc::c_int) {
 #[cfg(feature = "cli")]
 pub(crate) fn is_terminated() -> bool {
     TERMINATED.load(Ordering::SeqCst)
+}
+
+/// A descriptor that this process was started with.
+#[cfg(feature = "cli")]
+pub(crate) fn inherit(number: i32) -> Result<std::os::fd::OwnedFd, Errno> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: `fcntl` with this command changes nothing, whatever the number is.
+    Errno::result(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
+    // SAFETY: It is open. Who names it on the command line gives it away.
+    let fd = unsafe { std::os::fd::OwnedFd::from_raw_fd(number) };
+    nix::fcntl::fcntl(
+        &fd,
+        nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC),
+    )?;
+    Ok(fd)
 }
 
 /// Bytes of address space that this process may have; `None` if nobody has said.

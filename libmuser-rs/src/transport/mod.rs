@@ -19,13 +19,16 @@ use crate::region::{Area, AreaKind, RegionInfo};
 
 mod difference;
 pub(crate) mod dma;
+mod irqs;
 pub mod kernel;
 pub mod memory;
+pub mod socket;
 
 pub use dma::{Acquired, DirtyLog, DmaAccess, GuestMemory, IovaRange, Piece, RemoteMemory};
 
 pub use kernel::KernelTransport;
 pub use memory::MemoryTransport;
+pub use socket::{ListenOptions, SocketTransport};
 
 /// What a client is told about an interrupt index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -384,6 +387,26 @@ pub trait Transport: sealed::Sealed + AsFd + Debug + Send + Sync {
     fn detach(&self);
 }
 
+/// A transport of a kind that is chosen when the program runs.
+impl Transport for Box<dyn Transport> {
+    fn attach(&mut self, description: &Description, options: &AttachOptions) -> Result<Attachment> {
+        (**self).attach(description, options)
+    }
+
+    fn turn(
+        &self,
+        reply: Option<Reply>,
+        take: Take,
+        data: &mut Vec<u8>,
+    ) -> Result<Option<Request>> {
+        (**self).turn(reply, take, data)
+    }
+
+    fn detach(&self) {
+        (**self).detach();
+    }
+}
+
 /// Fires interrupts, from any thread. The library implements it, and nobody else can.
 pub trait Trigger: sealed::Sealed + Debug + Send + Sync {
     /// Fires a vector; that of a level goes up.
@@ -408,8 +431,10 @@ mod sealed {
     /// Keeps a trait's implementations in the library.
     pub trait Sealed {}
 
+    impl Sealed for Box<dyn super::Transport> {}
     impl Sealed for super::KernelTransport {}
     impl Sealed for super::MemoryTransport {}
+    impl Sealed for super::SocketTransport {}
     impl Sealed for super::kernel::Node {}
-    impl Sealed for super::memory::Irqs {}
+    impl Sealed for super::irqs::Irqs {}
 }

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A client of a device in this process: what a VFIO device file offers, as methods.
 
-use std::fmt;
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use muser_uapi::MUSER_SLOT_DATA;
@@ -13,54 +11,8 @@ use super::queue::{Described, Queue};
 use super::Removal;
 use crate::memory::SharedMemory;
 use crate::region::{Area, AreaKind, RegionInfo};
+use crate::transport::irqs::{IrqAction, IrqData};
 use crate::transport::{Description, IrqInfo, Operation};
-
-/// What `VFIO_DEVICE_SET_IRQS` does with vectors (`VFIO_IRQ_SET_ACTION_*`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum IrqAction {
-    /// Hold them back.
-    Mask,
-    /// Let them through again.
-    Unmask,
-    /// Say what happens when they fire, or fire them.
-    Trigger,
-}
-
-/// Which vectors `VFIO_DEVICE_SET_IRQS` means, from the start given on (`VFIO_IRQ_SET_DATA_*`).
-#[non_exhaustive]
-pub enum IrqData<'a> {
-    /// This many. None at all, with [`IrqAction::Trigger`] and start 0, disables the index.
-    None(usize),
-    /// Those which are true.
-    Bools(&'a [bool]),
-    /// As many as there are elements; each gets this eventfd, or none any more.
-    EventFds(&'a [Option<BorrowedFd<'a>>]),
-    /// As many as there are elements; each gets this function, or none any more. It is called in
-    /// the thread that raises the interrupt: it must not wait, nor use the device.
-    Calls(Vec<Option<Arc<dyn Fn() + Send + Sync>>>),
-}
-
-impl IrqData<'_> {
-    pub(super) fn count(&self) -> usize {
-        match self {
-            Self::None(count) => *count,
-            Self::Bools(chosen) => chosen.len(),
-            Self::EventFds(fds) => fds.len(),
-            Self::Calls(calls) => calls.len(),
-        }
-    }
-}
-
-impl fmt::Debug for IrqData<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::None(count) => f.debug_tuple("None").field(count).finish(),
-            Self::Bools(chosen) => f.debug_tuple("Bools").field(chosen).finish(),
-            Self::EventFds(fds) => f.debug_tuple("EventFds").field(fds).finish(),
-            Self::Calls(calls) => f.debug_tuple("Calls").field(&calls.len()).finish(),
-        }
-    }
-}
 
 /// A client that has the device open. It can be used from many threads at once.
 ///

@@ -41,13 +41,12 @@ use crate::error::{Error, Result};
 
 mod client;
 mod dma;
-mod irqs;
 mod queue;
 
-pub use client::{Client, IrqAction, IrqData};
+pub use super::irqs::{IrqAction, IrqData};
+pub use client::Client;
 pub use dma::ClientMemory;
 
-pub(super) use irqs::Irqs;
 use queue::Queue;
 
 /// Makes a device which has a side for a server and a side for clients.

@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno as Number;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::irqs::Irqs;
 use crate::error::{Errno, Error, Result};
 use crate::memory::SharedMemory;
 use crate::region::AreaKind;
 use crate::transport::difference::Difference;
 use crate::transport::dma::DmaTable;
+use crate::transport::irqs::Irqs;
 use crate::transport::{
     AreaMemory, AttachOptions, Description, Operation, Reply, Request, RequestId, Take, Token,
     STATE_DIFFERS,

@@ -1,20 +1,67 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `VFIO_DEVICE_SET_IRQS` and what an interrupt does, as `muser.ko` has them.
+//! `VFIO_DEVICE_SET_IRQS` and what an interrupt does, as `muser.ko` has them: for the transports
+//! which handle it in this process.
 
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno as Number;
 
-use super::client::{IrqAction, IrqData};
+use super::{Description, IrqInfo, Trigger};
 use crate::error::{Errno, Error, Result};
-use crate::transport::{Description, IrqInfo, Trigger};
+
+/// What `VFIO_DEVICE_SET_IRQS` does with vectors (`VFIO_IRQ_SET_ACTION_*`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum IrqAction {
+    /// Hold them back.
+    Mask,
+    /// Let them through again.
+    Unmask,
+    /// Say what happens when they fire, or fire them.
+    Trigger,
+}
+
+/// Which vectors `VFIO_DEVICE_SET_IRQS` means, from the start given on (`VFIO_IRQ_SET_DATA_*`).
+#[non_exhaustive]
+pub enum IrqData<'a> {
+    /// This many. None at all, with [`IrqAction::Trigger`] and start 0, disables the index.
+    None(usize),
+    /// Those which are true.
+    Bools(&'a [bool]),
+    /// As many as there are elements; each gets this eventfd, or none any more.
+    EventFds(&'a [Option<BorrowedFd<'a>>]),
+    /// As many as there are elements; each gets this function, or none any more. It is called in
+    /// the thread that raises the interrupt: it must not wait, nor use the device.
+    Calls(Vec<Option<Arc<dyn Fn() + Send + Sync>>>),
+}
+
+impl IrqData<'_> {
+    fn count(&self) -> usize {
+        match self {
+            Self::None(count) => *count,
+            Self::Bools(chosen) => chosen.len(),
+            Self::EventFds(fds) => fds.len(),
+            Self::Calls(calls) => calls.len(),
+        }
+    }
+}
+
+impl fmt::Debug for IrqData<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None(count) => f.debug_tuple("None").field(count).finish(),
+            Self::Bools(chosen) => f.debug_tuple("Bools").field(chosen).finish(),
+            Self::EventFds(fds) => f.debug_tuple("EventFds").field(fds).finish(),
+            Self::Calls(calls) => f.debug_tuple("Calls").field(&calls.len()).finish(),
+        }
+    }
+}
 
 /// The interrupts of a device, as its clients have set them up.
 #[derive(Debug, Default)]
-pub(in crate::transport) struct Irqs {
+pub(crate) struct Irqs {
     indexes: Mutex<Vec<Index>>,
 }
 
@@ -40,7 +87,7 @@ enum Handler {
 }
 
 impl Irqs {
-    pub(super) fn describe(&self, description: &Description) {
+    pub(crate) fn describe(&self, description: &Description) {
         let index = |info: &IrqInfo| Index {
             info: *info,
             vectors: (0..info.count).map(|_| Vector::default()).collect(),
@@ -48,7 +95,7 @@ impl Irqs {
         *self.lock() = description.irqs.iter().map(index).collect();
     }
 
-    pub(super) fn disable_all(&self) {
+    pub(crate) fn disable_all(&self) {
         for index in self.lock().iter_mut() {
             index.disable();
             // What was raised for this client is not for the next.
@@ -58,7 +105,7 @@ impl Irqs {
         }
     }
 
-    pub(super) fn set(
+    pub(crate) fn set(
         &self,
         index: u32,
         start: u32,
@@ -85,7 +132,7 @@ impl Irqs {
         let vectors = index.vectors.get_mut(start..end).ok_or(Number::EINVAL)?;
         let handlers = match (action, data) {
             (IrqAction::Trigger, IrqData::EventFds(fds)) => {
-                let handler = |fd: &std::os::fd::BorrowedFd<'_>| {
+                let handler = |fd: &BorrowedFd<'_>| {
                     fd.try_clone_to_owned()
                         .map(|fd| Handler::EventFd(Arc::new(fd)))
                 };

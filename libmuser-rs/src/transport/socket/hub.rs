@@ -1,0 +1,549 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the threads of a server share: the door, the session, requests in flight, and the rules of
+//! their order.
+//!
+//! Commands are handled in the order in which they come. Accesses may be in the device at the same
+//! time; everything else waits until they have ended, and nothing behind it starts before it has.
+//! Of writes that nobody waits for, it is the same for what is behind them.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::areas::Areas;
+use super::door::{Door, Knock};
+use super::events::{Events, Happened, Source};
+use super::flight::Flight;
+use super::guests::Guests;
+use super::keeper::Keeper;
+use super::session::{Framing, ReplyTo, Session};
+use crate::error::{Errno, Error, Result};
+use crate::transport::dma::DmaTable;
+use crate::transport::irqs::Irqs;
+use crate::transport::{Description, Operation, Reply, Request, RequestId, Take, Token};
+
+/// Requests in flight at one time.
+#[expect(clippy::cast_possible_truncation, reason = "they are 512")]
+const PLACES: u16 = RequestId::PLACES as u16;
+/// Places below this are for a supervisor to give, where there is one.
+const SUPERVISED: u16 = PLACES / 2;
+/// In the numbers of requests that this side gives: a supervisor's are without.
+const OWN: u64 = 1 << 63;
+/// Turns after which it is looked what has happened beside the client's commands.
+const TURNS: u32 = 64;
+
+/// What the threads of a server share.
+#[derive(Debug)]
+pub(super) struct Hub {
+    state: Mutex<State>,
+    pub(super) events: Events,
+    /// Readable while somebody who waits for a reply of the client's has one.
+    answered: EventFd,
+}
+
+/// What a device is, once it is attached.
+#[derive(Debug)]
+pub(super) struct Served {
+    pub(super) description: Description,
+    pub(super) areas: Areas,
+}
+
+/// How far the end of a session is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Closing {
+    /// There is one, or the next may come.
+    No,
+    /// The device is to be reset, when all requests have ended.
+    Due,
+    /// The device is being reset.
+    Taken,
+}
+
+pub(super) struct State {
+    pub(super) hub: Weak<Hub>,
+    door: Box<dyn Door>,
+    /// Whether nobody will come any more.
+    shut: bool,
+    pub(super) keeper: Box<dyn Keeper>,
+    framing: Framing,
+    pub(super) served: Option<Served>,
+    pub(super) session: Option<Session>,
+    sessions: u64,
+    closing: Closing,
+    pub(super) guests: Guests,
+    pub(super) irqs: Arc<Irqs>,
+    pub(super) dma: Arc<DmaTable>,
+    flights: Vec<Flight>,
+    /// Flights of which the next part can be taken.
+    due: VecDeque<RequestId>,
+    /// Whether nothing may start before the flights have ended.
+    pub(super) exclusive: bool,
+    places: Vec<u16>,
+    requests: u64,
+    detached: bool,
+    /// What `Hub::events` and `Hub::answered` show.
+    inside: bool,
+    answers: bool,
+    door_watched: bool,
+    happened: Happened,
+    turns: u32,
+}
+
+impl Hub {
+    pub(super) fn new(
+        door: Box<dyn Door>,
+        keeper: Box<dyn Keeper>,
+        framing: Framing,
+    ) -> Result<Arc<Self>> {
+        let events = Events::new()?;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let answered = EventFd::from_value_and_flags(0, flags)
+            .map_err(|errno| Error::io("making an eventfd", errno))?;
+        let places = match framing {
+            Framing::Plain => 0..PLACES,
+            Framing::Numbered => SUPERVISED..PLACES,
+        };
+        Ok(Arc::new_cyclic(|hub| {
+            let state = State {
+                hub: Weak::clone(hub),
+                door,
+                shut: false,
+                keeper,
+                framing,
+                served: None,
+                session: None,
+                sessions: 0,
+                closing: Closing::No,
+                guests: Guests::default(),
+                irqs: Arc::default(),
+                dma: Arc::default(),
+                flights: Vec::new(),
+                due: VecDeque::new(),
+                exclusive: false,
+                places: places.rev().collect(),
+                requests: first_request(),
+                detached: false,
+                inside: false,
+                answers: false,
+                door_watched: false,
+                happened: Happened::default(),
+                turns: 0,
+            };
+            Self {
+                state: Mutex::new(state),
+                events,
+                answered,
+            }
+        }))
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn answered(&self) -> BorrowedFd<'_> {
+        self.answered.as_fd()
+    }
+
+    /// See [`Transport::turn`](crate::transport::Transport::turn).
+    pub(super) fn turn(
+        &self,
+        reply: Option<Reply>,
+        take: Take,
+        data: &mut Vec<u8>,
+    ) -> Result<Option<Request>> {
+        let mut state = if reply.is_none() && take == Take::Ready {
+            match self.state.try_lock() {
+                Ok(state) => state,
+                Err(TryLockError::Poisoned(state)) => state.into_inner(),
+                // Whoever has it takes what there is, or leaves the descriptor readable.
+                Err(TryLockError::WouldBlock) => return Ok(None),
+            }
+        } else {
+            self.lock()
+        };
+        // Who replies looks at his client first: others are found by the descriptor.
+        let mut look = reply.is_none();
+        if let Some(reply) = reply {
+            state.finish(reply, data);
+        }
+        loop {
+            let taken = match take {
+                Take::Nothing => Ok(None),
+                Take::Ready | Take::Wait => state.take(self, look, data),
+            };
+            state.update(self)?;
+            match taken? {
+                None if take == Take::Wait => {}
+                taken => return Ok(taken),
+            }
+            drop(state);
+            self.events.wait()?;
+            look = true;
+            state = self.lock();
+        }
+    }
+
+    pub(super) fn detach(&self) {
+        let mut state = self.lock();
+        state.detached = true;
+        if let Some(session) = state.session.take() {
+            session.unwatch(&self.events);
+        }
+        state.guests.clear(&self.events);
+        state.irqs.disable_all();
+        state.dma.clear();
+    }
+}
+
+impl AsFd for Hub {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
+    }
+}
+
+impl State {
+    /// The session of this number, if it is still there.
+    pub(super) fn session_of(&mut self, number: u64) -> Option<&mut Session> {
+        let session = self.session.as_mut();
+        session.filter(|session| session.number == number)
+    }
+
+    /// A request that goes to the device, with the number that a supervisor has given it, if it has.
+    /// There is none if too many are there already.
+    pub(super) fn launch(
+        &mut self,
+        number: u64,
+        make: impl FnOnce(RequestId) -> Flight,
+    ) -> Option<RequestId> {
+        let id = if number == 0 {
+            let place = self.places.pop()?;
+            self.requests += 1;
+            RequestId::new(self.requests << 16 | u64::from(place) | OWN)
+        } else {
+            RequestId::new(number)
+        };
+        self.flights.push(make(id));
+        Some(id)
+    }
+
+    /// Whether nothing is under way.
+    pub(super) fn flights_are_over(&self) -> bool {
+        self.flights.is_empty()
+    }
+
+    /// Whether a request can be launched.
+    pub(super) fn has_room(&self) -> bool {
+        !self.places.is_empty()
+    }
+
+    /// A reply of the device's: the request has ended, or its next part is due.
+    fn finish(&mut self, reply: Reply, data: &mut Vec<u8>) {
+        let id = reply.token.request();
+        let Some(at) = self.flights.iter().position(|flight| flight.id == id) else {
+            // Nobody waits for it: it is one of before a detach.
+            return;
+        };
+        let mut flight = self.flights.swap_remove(at);
+        if let Some(session) = &mut self.session {
+            session.waits = false;
+        }
+        if self.advance(&mut flight, reply.result, data) {
+            self.exclusive &= !flight.excludes;
+            if flight.has_own_number() {
+                let place = u16::try_from(id.place()).ok();
+                self.places.extend(place.filter(|place| *place < PLACES));
+            }
+            if flight.closes {
+                self.closing = Closing::No;
+            }
+        } else {
+            self.due.push_back(id);
+            self.flights.push(flight);
+        }
+    }
+
+    /// The request for a flight that is ready for the device.
+    pub(super) fn request(&self, id: RequestId, operation: Operation, replay: bool) -> Request {
+        let reads = matches!(operation, Operation::Read { .. });
+        Request {
+            replay,
+            ..Request::new(Token::new(id, 0, reads), operation)
+        }
+    }
+
+    /// Takes the next request, if there is one.
+    fn take(&mut self, hub: &Hub, look: bool, data: &mut Vec<u8>) -> Result<Option<Request>> {
+        if self.detached || self.served.is_none() {
+            return Err(Error::io("serving a device", nix::errno::Errno::ENOTCONN));
+        }
+        if let Some(request) = self.take_part(data) {
+            return Ok(Some(request));
+        }
+        self.turns = self.turns.wrapping_add(1);
+        if self.turns % TURNS == 0 {
+            if let Some(request) = self.look_around(hub, data)? {
+                return Ok(Some(request));
+            }
+        }
+        if let Some(request) = self.take_command(hub, data)? {
+            return Ok(Some(request));
+        }
+        if !look {
+            return Ok(None);
+        }
+        if let Some(request) = self.look_around(hub, data)? {
+            return Ok(Some(request));
+        }
+        self.take_command(hub, data)
+    }
+
+    /// The next part of a flight.
+    fn take_part(&mut self, data: &mut Vec<u8>) -> Option<Request> {
+        let id = self.due.pop_front()?;
+        let flight = self.flights.iter_mut().find(|flight| flight.id == id)?;
+        let operation = flight.operation(data)?;
+        let replay = flight.replay;
+        Some(self.request(id, operation, replay))
+    }
+
+    /// The request which the client's next command is; commands that the device need not know of
+    /// are answered.
+    fn take_command(&mut self, hub: &Hub, data: &mut Vec<u8>) -> Result<Option<Request>> {
+        loop {
+            if self.exclusive {
+                return Ok(None);
+            }
+            if self.closing == Closing::Due {
+                return self.take_close(hub);
+            }
+            let Some(session) = &mut self.session else {
+                if self.shut && self.flights_are_over() {
+                    return Err(Error::removed());
+                }
+                return Ok(None);
+            };
+            if !session.flush() {
+                return Ok(None);
+            }
+            session.waits = false;
+            if session.ended.is_none() {
+                match session.next(data) {
+                    Ok(Some(incoming)) => match self.handle(hub, incoming, data)? {
+                        Handled::Answered => continue,
+                        Handled::Taken(request) => return Ok(Some(request)),
+                        Handled::Later => return Ok(None),
+                    },
+                    Ok(None) => return Ok(None),
+                    Err(error) => session.end(error.to_string()),
+                }
+            }
+            self.end_session(hub);
+        }
+    }
+
+    /// Looks at what is not the client's commands.
+    fn look_around(&mut self, hub: &Hub, _data: &mut Vec<u8>) -> Result<Option<Request>> {
+        let mut happened = std::mem::take(&mut self.happened);
+        let looked = hub.events.look(&mut happened);
+        let request = Ok(None);
+        for source in happened.sources() {
+            match source {
+                Source::Inside | Source::Main => {}
+                Source::Door => self.answer_door(hub)?,
+                Source::Twin => {
+                    if let Some(session) = &mut self.session {
+                        session.flush();
+                        session.pump_twin();
+                    }
+                }
+                Source::Guest(index) => self.guests.turn_away(index, &hub.events),
+                Source::Gate(_) | Source::IoEvent(_) => {}
+            }
+        }
+        self.happened = happened;
+        looked?;
+        request
+    }
+
+    /// Somebody is at the door.
+    fn answer_door(&mut self, hub: &Hub) -> Result<()> {
+        if self.closing != Closing::No {
+            return Ok(());
+        }
+        if let Some(session) = &mut self.session {
+            // Who comes when another one goes waits until that is done.
+            if session.has_hung_up() || !self.door.refuses() {
+                return Ok(());
+            }
+        }
+        let knock = self.door.accept().or_else(|error| {
+            // The process may have too many descriptors for now.
+            log::warn!("{error}");
+            Ok::<_, Error>(Knock::Nobody)
+        })?;
+        match (knock, self.session.is_some()) {
+            (Knock::Nobody, _) => {}
+            (Knock::Closed, _) => self.shut = true,
+            (Knock::Client(socket), true) => self.guests.add(socket, &hub.events),
+            (Knock::Client(socket), false) => {
+                self.sessions += 1;
+                match Session::new(self.sessions, socket, self.framing, &hub.events) {
+                    Ok(session) => {
+                        log::debug!("client {} has connected", self.sessions);
+                        self.session = Some(session);
+                    }
+                    Err(error) => log::warn!("a client can't be served: {error}"),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The client has gone, or can't be understood any more: what it had is given back.
+    fn end_session(&mut self, hub: &Hub) {
+        let Some(session) = self.session.take() else {
+            return;
+        };
+        session.unwatch(&hub.events);
+        let reason = session.ended.as_deref().unwrap_or("it has gone");
+        log::info!("client {} is not served any more: {reason}", session.number);
+        self.irqs.disable_all();
+        self.dma.clear();
+        // Who has never said a word has changed nothing.
+        if session.peer.is_some() {
+            self.closing = Closing::Due;
+        }
+    }
+
+    /// The reset after a client, ahead of everything of the next one.
+    fn take_close(&mut self, _hub: &Hub) -> Result<Option<Request>> {
+        if !self.flights_are_over() {
+            return Ok(None);
+        }
+        if let Some(served) = &mut self.served {
+            if let Err(error) = served.areas.renew(&served.description, &*self.keeper) {
+                log::error!("the next client shares memory with the last one: {error}");
+            }
+        }
+        let Some(id) = self.launch(0, Flight::close) else {
+            return Ok(None);
+        };
+        self.closing = Closing::Taken;
+        self.exclusive = true;
+        Ok(Some(self.request(
+            id,
+            Operation::Reset { close: true },
+            false,
+        )))
+    }
+
+    /// Receives and sends what can be, for whoever waits for a reply of the client's.
+    pub(super) fn pump(&mut self) {
+        if let Some(session) = &mut self.session {
+            session.flush();
+            session.pump();
+            session.pump_twin();
+        }
+    }
+
+    /// Has the descriptors show what there is.
+    pub(super) fn update(&mut self, hub: &Hub) -> Result<()> {
+        let mut blocked = self.exclusive || self.closing != Closing::No;
+        if let Some(session) = &mut self.session {
+            blocked |= session.waits || session.main.sender.has_backlog();
+            if blocked {
+                // What can't be handled yet must not keep the descriptor readable.
+                session.pump();
+            }
+        }
+        let mut inside = !self.due.is_empty();
+        inside |= self.closing == Closing::Due && self.flights_are_over() && !self.exclusive;
+        inside |= self.session.is_none() && self.shut && self.flights_are_over();
+        let mut answers = false;
+        if let Some(session) = &mut self.session {
+            session.watch(&hub.events)?;
+            inside |= !blocked && session.is_ready();
+            answers = session.exchanges.has_answers();
+        }
+        if inside != self.inside {
+            self.inside = inside;
+            hub.events.set_inside(inside);
+        }
+        if answers != self.answers {
+            self.answers = answers;
+            // Neither can fail: the counter is 0 before the write and 1 before the read.
+            let _ = if answers {
+                hub.answered.write(1).map(drop)
+            } else {
+                hub.answered.read().map(drop)
+            };
+        }
+        self.watch_door(hub)
+    }
+
+    fn watch_door(&mut self, hub: &Hub) -> Result<()> {
+        let waits = match &self.session {
+            Some(session) => session.is_over() || !self.door.refuses(),
+            None => false,
+        };
+        let watched = !self.shut && !waits && self.closing == Closing::No && !self.detached;
+        if watched != self.door_watched {
+            self.door_watched = watched;
+            if watched {
+                hub.events.add(
+                    self.door.as_fd(),
+                    Source::Door,
+                    super::events::Watch::RECEIVE,
+                )?;
+            } else {
+                hub.events.remove(self.door.as_fd());
+            }
+        }
+        Ok(())
+    }
+
+    /// Replies to the client of a flight, if it is still there.
+    pub(super) fn reply_to(&mut self, to: ReplyTo, result: Result<&[&[u8]], Errno>) {
+        let Some(session) = self.session_of(to.session) else {
+            return;
+        };
+        match result {
+            Ok(payload) => session.reply(to, payload),
+            Err(errno) => session.refuse(to, errno, format_args!("the device says so")),
+        }
+    }
+}
+
+/// What numbers of requests begin with: what an earlier server has left says of its requests by
+/// their numbers what was done, and must not mean those of this one.
+fn first_request() -> u64 {
+    let epoch = std::time::SystemTime::UNIX_EPOCH;
+    let micros = epoch.elapsed().map_or(0, |elapsed| elapsed.as_micros());
+    u64::try_from(micros).unwrap_or(0) & (u64::MAX >> 18)
+}
+
+/// What has become of a command.
+#[derive(Debug)]
+pub(super) enum Handled {
+    /// It is done.
+    Answered,
+    /// The device does it.
+    Taken(Request),
+    /// It has to wait for the requests in flight.
+    Later,
+}
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State")
+            .field("door", &self.door)
+            .field("session", &self.session.as_ref().map(|s| s.number))
+            .field("flights", &self.flights.len())
+            .field("closing", &self.closing)
+            .finish_non_exhaustive()
+    }
+}
