@@ -3,9 +3,13 @@
 //! `cargo xtask test`: the lints, the tests of the host, the devices in QEMU, and
 //! the suite in each kernel. A part that fails never keeps the next one from
 //! running.
+//!
+//! A guest keeps less than one processor busy, and the suite takes as long in
+//! the debug kernel as everything else together: so that one runs beside the
+//! others, once all that they need is built.
 
-use std::cell::OnceCell;
 use std::io::{BufRead as _, BufReader};
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use anyhow::{bail, Context as _, Result};
@@ -34,23 +38,42 @@ pub(crate) fn run(bench: &Workbench, asked: &Test) -> Report {
     if asked.wants(Stage::Host) {
         part(&mut report, "host", || host(bench, filter));
     }
-    let programs = OnceCell::new();
+    let programs = OnceLock::new();
     let programs = || match programs.get() {
         Some(built) => Ok(built),
         None => Programs::build(bench).map(|built| programs.get_or_init(|| built)),
     };
-    if asked.wants(Stage::Vmm) {
-        part(&mut report, vmm::NAME, || {
-            vmm::run(bench, programs()?, filter)
-        });
-    }
-    for kernel in Kernel::ALL {
-        if asked.wants(kernel.into()) {
+    let kernels: Vec<Kernel> = Kernel::ALL
+        .into_iter()
+        .filter(|&kernel| asked.wants(kernel.into()))
+        .collect();
+    let guests = prepare(bench, &kernels, programs, &mut report);
+    let (debug, others): (Vec<_>, Vec<_>) = guests
+        .iter()
+        .partition(|guest| guest.tree.kernel == Kernel::Debug);
+    let lane = |guests: Vec<&Guest>| {
+        let mut report = Report::default();
+        for guest in guests {
+            let kernel = guest.tree.kernel;
             part(&mut report, kernel.name(), || {
-                in_kernel(bench, kernel, programs()?, filter)
+                in_guest(bench, guest, filter)
             });
         }
-    }
+        report
+    };
+    std::thread::scope(|scope| {
+        let debug = scope.spawn(|| lane(debug));
+        if asked.wants(Stage::Vmm) {
+            part(&mut report, vmm::NAME, || {
+                vmm::run(bench, programs()?, filter)
+            });
+        }
+        report.add(lane(others));
+        match debug.join() {
+            Ok(result) => report.add(result),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    });
     if report.empty() {
         let why = "no test has such a name".to_owned();
         report.fail(
@@ -111,17 +134,38 @@ fn host(bench: &Workbench, filter: Option<&str>) -> Result<Report> {
     Ok(report)
 }
 
-fn in_kernel(
+/// Builds what the guests need, those that can be had.
+fn prepare<'a>(
     bench: &Workbench,
-    kernel: Kernel,
-    programs: &Programs,
-    filter: Option<&str>,
-) -> Result<Report> {
-    if !programs.has(SUITE) {
-        bail!("tests/e2e has no program {SUITE}");
+    kernels: &[Kernel],
+    programs: impl Fn() -> Result<&'a Programs>,
+    report: &mut Report,
+) -> Vec<Guest> {
+    let mut guests = Vec::new();
+    if kernels.is_empty() {
+        return guests;
     }
-    let tree = Tree::prepare(bench, kernel)?;
-    let guest = Guest::prepare(bench, tree, programs)?;
+    part(report, "guests", || {
+        let programs = programs()?;
+        if !programs.has(SUITE) {
+            bail!("tests/e2e has no program {SUITE}");
+        }
+        let mut report = Report::default();
+        for &kernel in kernels {
+            let guest =
+                Tree::prepare(bench, kernel).and_then(|tree| Guest::prepare(bench, tree, programs));
+            match guest {
+                Ok(guest) => guests.push(guest),
+                Err(error) => report.fail(kernel.name(), format!("{error:#}")),
+            }
+        }
+        Ok(report)
+    });
+    guests
+}
+
+fn in_guest(bench: &Workbench, guest: &Guest, filter: Option<&str>) -> Result<Report> {
+    let kernel = guest.tree.kernel;
     // One test at a time: they load and unload the one module there is.
     let fuzz = fuzzing::wanted(kernel, filter);
     let filter = filter.map(qemu::quote).unwrap_or_default();
@@ -136,7 +180,7 @@ fn in_kernel(
         "Booting {} and running the suite in it.",
         guest.tree.release
     );
-    let outcome = qemu::run(bench, &guest, &command, fuzzing::length(fuzz), |line| {
+    let outcome = qemu::run(bench, guest, &command, fuzzing::length(fuzz), |line| {
         println!("{kernel}| {line}");
         output.line(line);
         fuzzed.line(line);
