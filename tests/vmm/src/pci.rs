@@ -23,7 +23,9 @@ pub(crate) const MEMORY: u32 = 1 << 1;
 pub(crate) const BUS_MASTER: u32 = 1 << 2;
 
 /// Ids of capabilities (the same, appendix H).
+pub(crate) const CAP_POWER: u8 = 0x01;
 pub(crate) const CAP_MSI: u8 = 0x05;
+pub(crate) const CAP_EXPRESS: u8 = 0x10;
 pub(crate) const CAP_MSIX: u8 = 0x11;
 
 /// The function 0 of a slot on bus 0.

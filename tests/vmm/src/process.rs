@@ -49,33 +49,33 @@ impl Process {
         })
     }
 
-    /// Its process id.
-    pub(crate) fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     /// How much it has said so far: [`Self::hear`] can start from there.
     pub(crate) fn mark(&self) -> usize {
-        self.said.lines().len()
+        self.said.heard().lines.len()
     }
 
     /// Waits for a line with `part` in it among what it says from `mark` on, and says which it is.
     pub(crate) fn hear(&self, mark: usize, part: &str, patience: Duration) -> Result<usize> {
         let deadline = Deadline::after(patience);
-        let mut lines = self.said.lines();
+        let mut heard = self.said.heard();
         loop {
-            let heard = lines.iter().skip(mark).position(|line| line.contains(part));
-            if let Some(place) = heard {
+            let mut lines = heard.lines.iter().skip(mark);
+            if let Some(place) = lines.position(|line| line.contains(part)) {
                 return Ok(mark + place);
             }
             let left = deadline.left();
-            if left.is_zero() {
-                drop(lines);
+            if left.is_zero() || heard.open == 0 {
+                drop(heard);
                 bail!("{} did not say {part:?}\n{}", self.name, self.story());
             }
-            let waited = self.said.more.wait_timeout(lines, left);
-            lines = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let waited = self.said.more.wait_timeout(heard, left);
+            heard = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// A line of what it said.
+    pub(crate) fn line(&self, place: usize) -> Option<String> {
+        self.said.heard().lines.get(place).cloned()
     }
 
     /// Sends it a signal.
@@ -108,7 +108,7 @@ impl Process {
 
     /// The last of what it said, for the message of a failure.
     pub(crate) fn story(&self) -> String {
-        let lines = self.said.lines();
+        let lines = &self.said.heard().lines;
         let skipped = lines.len().saturating_sub(TAIL);
         let shown: Vec<_> = lines.iter().skip(skipped).map(String::as_str).collect();
         format!("{} said:\n    {}", self.name, shown.join("\n    "))
@@ -126,26 +126,36 @@ impl Drop for Process {
 /// What a program has said so far.
 #[derive(Debug, Default)]
 struct Said {
-    lines: Mutex<Vec<String>>,
+    heard: Mutex<Heard>,
     more: Condvar,
 }
 
+#[derive(Debug, Default)]
+struct Heard {
+    lines: Vec<String>,
+    /// Outputs that are open: without any, nothing will follow.
+    open: u32,
+}
+
 impl Said {
-    fn lines(&self) -> MutexGuard<'_, Vec<String>> {
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    fn heard(&self) -> MutexGuard<'_, Heard> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 fn listen(output: impl Read + Send + 'static, mut log: File, said: &Arc<Said>) {
     let said = Arc::clone(said);
+    said.heard().open += 1;
     std::thread::spawn(move || {
         for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
             let line = String::from_utf8_lossy(&line).into_owned();
             // The log is for a person to read; the tests go on without it.
             let _ = writeln!(log, "{line}");
-            said.lines().push(line);
+            said.heard().lines.push(line);
             said.more.notify_all();
         }
+        said.heard().open -= 1;
+        said.more.notify_all();
     });
 }
 

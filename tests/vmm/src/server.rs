@@ -12,10 +12,14 @@ use tempfile::TempDir;
 
 use crate::place;
 use crate::process::Process;
-use crate::wait::{self, SOON};
+use crate::wait::SOON;
 
 /// What a device's program says once clients can connect.
 const UP: &str = " serves ";
+
+/// Tells the number of the process that becomes the program $0, which only then is started.
+const TELL: &str = "echo program $$; exec \"$0\" \"$@\"";
+const PROGRAM: &str = "program ";
 
 /// A device that can be connected to; its program is killed when this is dropped.
 #[derive(Debug)]
@@ -24,8 +28,8 @@ pub(crate) struct Server {
     command: Vec<OsString>,
     name: String,
     socket: PathBuf,
-    /// The program that was killed last.
-    killed: Option<i32>,
+    /// How much had been said when the last program was started that was killed.
+    killed: usize,
     _dir: TempDir,
 }
 
@@ -44,8 +48,9 @@ impl Server {
         let muserctl = place::program("muserctl")?.into_os_string();
         Self::run(program, |socket| {
             let supervise = [muserctl, "supervise".into(), "--socket-path".into()];
-            let program = [socket.into(), "--".into(), path, "-v".into()];
-            supervise.into_iter().chain(program).collect()
+            let shell = ["--".into(), "sh".into(), "-c".into(), TELL.into(), path];
+            let supervise = supervise.into_iter().chain([socket.into()]);
+            supervise.chain(shell).chain(["-v".into()]).collect()
         })
     }
 
@@ -58,7 +63,7 @@ impl Server {
             command,
             name: name.to_owned(),
             socket,
-            killed: None,
+            killed: 0,
             _dir: dir,
         })
     }
@@ -71,17 +76,12 @@ impl Server {
 
     /// Kills the program that the supervisor runs at present, as a crash does.
     pub(crate) fn kill_program(&mut self) -> Result<()> {
-        let id = self.process.id();
-        let list = format!("/proc/{id}/task/{id}/children");
-        let program = wait::until("the supervisor starting the program", SOON, || {
-            let children = std::fs::read_to_string(&list)?;
-            let mut children = children.split_whitespace().map(str::parse);
-            let program = children.next().transpose()?;
-            // Until it is reaped the one that was killed is still a child.
-            Ok(program.filter(|program| self.killed != Some(*program)))
-        })?;
-        self.killed = Some(program);
-        kill(Pid::from_raw(program), Signal::SIGKILL).context("cannot kill the program")
+        let place = self.process.hear(self.killed, PROGRAM, SOON)?;
+        let line = self.process.line(place).unwrap_or_default();
+        let program = line.trim_start_matches(PROGRAM).parse();
+        let program = Pid::from_raw(program.with_context(|| line.clone())?);
+        self.killed = place + 1;
+        kill(program, Signal::SIGKILL).with_context(|| format!("cannot kill {line:?}"))
     }
 
     /// Where clients connect.

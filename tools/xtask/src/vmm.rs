@@ -23,11 +23,12 @@ use crate::report::Report;
 use crate::workbench::Workbench;
 
 pub(crate) const NAME: &str = "vmm";
-/// The test program, and what runs in the guests that it boots.
+/// The test program, what runs in the guests that it boots, and a device of its own.
 const SUITE: &str = "vmm";
 const INSIDE: &str = "vmm-guest";
+const DEVICE: &str = "vmm-device";
 /// What is of no use in the guests that the module is tested in.
-pub(crate) const PROGRAMS: &[&str] = &[SUITE, INSIDE];
+pub(crate) const PROGRAMS: &[&str] = &[SUITE, INSIDE, DEVICE];
 /// Taken with what they depend on.
 const MODULES: &[&str] = &["gpio_pci_idio_16", "vfio_iommu_type1", "vfio_pci"];
 const DIRECTORIES: &[&str] = &["dev", "proc", "sys", "tmp", "usr/bin", "usr/lib"];

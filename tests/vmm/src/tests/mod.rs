@@ -3,6 +3,7 @@
 
 mod bare_dma;
 mod bare_gpio;
+mod bare_windows;
 mod guest;
 
 use anyhow::{ensure, Result};
@@ -12,7 +13,13 @@ pub(crate) type Test = (String, fn() -> Result<()>);
 
 /// Every test.
 pub(crate) fn all() -> Vec<Test> {
-    [bare_gpio::tests(), bare_dma::tests(), guest::tests()].concat()
+    [
+        bare_gpio::tests(),
+        bare_dma::tests(),
+        bare_windows::tests(),
+        guest::tests(),
+    ]
+    .concat()
 }
 
 /// The tests of a topic, by name.
