@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A card whose memory QEMU maps, in a QEMU without a guest: `bin/device.rs`.
+//! A card whose memory QEMU maps, in a QEMU without a guest: `device.rs`.
 
 use anyhow::Result;
 use serde_json::json;

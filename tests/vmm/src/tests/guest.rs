@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The gpio card in a guest that runs Debian's own kernel, with the driver that Linux has for it.
 //!
-//! A guest takes a while to boot, so the tests share one: whichever comes first boots it, and after
-//! a failure the next one boots another.
+//! It is booted once, see [`super::shared`].
 
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{anyhow, ensure, Context as _, Result};
 use serde_json::json;
 
+use super::shared::Shared;
 use super::{equal, topic};
 use crate::linux::Linux;
 use crate::qemu::{card, Setup};
@@ -25,7 +24,6 @@ topic!("guest": [
     reboot_by_the_guest_is_a_reset_of_the_card,
     plugged_card_works_and_goes_and_comes_again,
     server_is_killed_while_the_guest_works,
-    msi_reaches_a_driver_in_userspace,
 ]);
 
 /// Where the guest finds the card it boots with, and one that is plugged in.
@@ -67,24 +65,12 @@ impl Rig {
     }
 }
 
-/// Runs a test in the guest that there is, or in a new one.
 fn in_guest(test: impl FnOnce(&mut Rig) -> Result<()>) -> Result<()> {
-    static GUEST: Mutex<Option<Rig>> = Mutex::new(None);
-    let mut guest = GUEST.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut rig = match guest.take() {
-        Some(rig) => rig,
-        None => Rig::boot()?,
-    };
-    match test(&mut rig) {
-        Ok(()) => {
-            *guest = Some(rig);
-            Ok(())
-        }
-        Err(error) => {
-            let error = rig.linux.explain(error);
-            Err(anyhow!("{error:#}\n{}", rig.server.process.story()))
-        }
-    }
+    static GUEST: Shared<Rig> = Shared::new();
+    GUEST.run(Rig::boot, test, |rig, error| {
+        let error = rig.linux.explain(error);
+        anyhow!("{error:#}\n{}", rig.server.process.story())
+    })
 }
 
 fn driver_binds_to_the_card() -> Result<()> {
@@ -241,26 +227,4 @@ fn server_is_killed_while_the_guest_works() -> Result<()> {
         ensure!(last.ends_with("round 400"), "the work: {last}");
         unplug(&mut rig.linux)
     })
-}
-
-/// Linux' driver takes the line only. A driver in the guest's userspace takes what it wants, by the
-/// guest's vfio-pci; for that the guest gets an IOMMU.
-fn msi_reaches_a_driver_in_userspace() -> Result<()> {
-    let server = Server::start("gpio")?;
-    let setup = Setup::new("guest-msi", "q35,kernel-irqchip=off")?.shared_memory("512M");
-    let setup = setup.with("-device", "intel-iommu,intremap=off,caching-mode=on");
-    let setup = setup.device(server.socket(), &[("addr", json!(SLOT))]);
-    let mut linux = Linux::boot(setup, "intel_iommu=on")?;
-    let test = |linux: &mut Linux| -> Result<()> {
-        linux.run(
-            "modprobe vfio_iommu_type1 allow_unsafe_interrupts=1; modprobe vfio-pci ids=494f:0dc8",
-        )?;
-        for vector in ["intx", "msi"] {
-            let said = linux.run_for(&format!("vmm-guest {vector} {CARD} 20"), LONG)?;
-            ensure!(said.ends_with("interrupt 20"), "{vector}: {said}");
-        }
-        Ok(())
-    };
-    let tested = test(&mut linux);
-    tested.map_err(|error| anyhow!("{:#}\n{}", linux.explain(error), server.process.story()))
 }

@@ -5,6 +5,8 @@ mod bare_dma;
 mod bare_gpio;
 mod bare_windows;
 mod guest;
+mod guest_vfio;
+mod shared;
 
 use anyhow::{ensure, Result};
 
@@ -18,6 +20,7 @@ pub(crate) fn all() -> Vec<Test> {
         bare_dma::tests(),
         bare_windows::tests(),
         guest::tests(),
+        guest_vfio::tests(),
     ]
     .concat()
 }
