@@ -374,9 +374,11 @@ impl PciBuilder {
         rom: Option<&[u8]>,
     ) -> Description {
         let mut regions = Vec::new();
+        let mut io_events = Vec::new();
         for (number, bar) in bars {
             let mut region = RegionInfo::new(Region::Bar(*number).index(), bar.size);
             region.areas.clone_from(&bar.areas);
+            io_events.extend(bar.io_events(region.index));
             regions.push(region);
         }
         if let Some(rom) = rom {
@@ -388,6 +390,7 @@ impl PciBuilder {
         Description {
             regions,
             irqs: self.describe_irqs(),
+            io_events,
         }
     }
 

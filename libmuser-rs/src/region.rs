@@ -220,6 +220,22 @@ impl Area {
     }
 }
 
+/// A write that may come by eventfd: see [`Bar::ioeventfd`](crate::Bar::ioeventfd).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct IoEvent {
+    /// The region's index.
+    pub region: u32,
+    /// Bytes from the region's start.
+    pub offset: u64,
+    /// How wide the write is.
+    pub width: Width,
+    /// Its value; any if there is none, and then the device is told 0.
+    pub value: Option<u64>,
+    /// Whether the region is I/O ports.
+    pub ports: bool,
+}
+
 /// What a client is told about a region.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]

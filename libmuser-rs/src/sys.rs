@@ -5,12 +5,15 @@
 #![expect(unsafe_code, reason = "system calls have no safe wrapper here")]
 
 pub(crate) mod ancillary;
+pub(crate) mod event;
 
 use std::ffi::c_ulong;
+use std::fs::File;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
+use std::sync::Arc;
 #[cfg(feature = "cli")]
 use std::{
     os::fd::IntoRawFd,
@@ -30,6 +33,10 @@ use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::VolatileSlice;
 
+mod guard;
+
+use guard::{Guard, Guarded};
+
 /// Bytes of a page.
 pub(crate) fn page_size() -> u64 {
     // SAFETY: `sysconf` has no preconditions.
@@ -47,6 +54,8 @@ pub(crate) fn page_size() -> u64 {
 pub(crate) struct Mapping {
     start: NonNull<libc::c_void>,
     len: usize,
+    /// Of one whose file can be cut short by somebody else.
+    guard: Option<Guard>,
 }
 
 // SAFETY: The mapping belongs to the process, not to a thread, and it is accessed by volatile or
@@ -74,7 +83,41 @@ impl Mapping {
         // SAFETY: The address is for the kernel to choose, so no mapping is replaced.
         let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, file, offset) }?;
         // INVARIANT: `mmap` has just made the mapping, and its only owner is this value.
-        Ok(Self { start, len })
+        Ok(Self {
+            start,
+            len,
+            guard: None,
+        })
+    }
+
+    /// As [`new`](Self::new), of a file that somebody else can cut short at any time: what is gone
+    /// reads as zeroes from then on, and what is written there is lost. `granule` are the bytes of a
+    /// page of it, of which `len` and `offset` are multiples.
+    pub(crate) fn guarded(
+        file: &Arc<File>,
+        offset: u64,
+        len: usize,
+        writable: bool,
+        granule: usize,
+    ) -> Result<Self, Errno> {
+        if granule == 0 || len % granule != 0 {
+            return Err(Errno::EINVAL);
+        }
+        let mut mapping = Self::new(file.as_fd(), offset, len, writable)?;
+        let guarded = Guarded {
+            start: mapping.start.as_ptr().expose_provenance(),
+            len,
+            offset,
+            granule,
+            writable,
+        };
+        mapping.guard = Some(Guard::new(Arc::clone(file), guarded)?);
+        Ok(mapping)
+    }
+
+    /// Whether its file was found too short, so that there are zeroes instead.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.guard.as_ref().is_some_and(Guard::is_cut)
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -127,6 +170,8 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        // First: what is mapped at this address next is nothing for the handler to touch.
+        self.guard = None;
         // SAFETY: By the invariant this is a mapping of ours; a slice of it can't outlive `self`.
         // There is nothing to be done about an error, which would mean the invariant was broken.
         let _ = unsafe { munmap(self.start, self.len) };
@@ -313,12 +358,21 @@ pub(crate) fn inherit(number: i32) -> Result<std::os::fd::OwnedFd, Errno> {
 
 /// Bytes of address space that this process may have; `None` if nobody has said.
 pub(crate) fn address_space_limit() -> Option<u64> {
+    soft_limit(libc::RLIMIT_AS)
+}
+
+/// File descriptors that this process may have; `None` if nobody has said.
+pub(crate) fn descriptor_limit() -> Option<u64> {
+    soft_limit(libc::RLIMIT_NOFILE)
+}
+
+fn soft_limit(of: libc::__rlimit_resource_t) -> Option<u64> {
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
     };
     // SAFETY: `limit` is a `rlimit` to be written to.
-    let result = unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) };
+    let result = unsafe { libc::getrlimit(of, &raw mut limit) };
     (result == 0 && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
 }
 
@@ -336,7 +390,6 @@ unsafe fn ioctl<T>(node: BorrowedFd<'_>, request: u32, argument: &mut T) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::File;
     use vm_memory::Bytes;
 
     #[test]

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::config::Layout;
 use super::regs::*;
-use crate::region::{Area, AreaKind, Width};
+use crate::region::{Area, AreaKind, IoEvent, Width};
 
 /// What one base address register asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +15,15 @@ pub struct Bar {
     pub(crate) prefetchable: bool,
     pub(crate) width: Width,
     pub(crate) areas: Vec<Area>,
+    signalled: Vec<Signalled>,
+}
+
+/// A register of which writes may come by eventfd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Signalled {
+    offset: u64,
+    width: Width,
+    value: Option<u64>,
 }
 
 /// The address space of a BAR.
@@ -51,6 +60,7 @@ impl Bar {
             prefetchable: false,
             width: Width::Qword,
             areas: Vec::new(),
+            signalled: Vec::new(),
         }
     }
 
@@ -93,6 +103,69 @@ impl Bar {
         self
     }
 
+    /// Says that writes of this width to a register, and of this value if one is given, may come by
+    /// eventfd, where the transport has such: the hypervisor signals it, past the VMM, and nobody
+    /// waits. Several of them at once may become one.
+    ///
+    /// The device can't tell them from other writes. Without a value given, the value of one that
+    /// came by eventfd is 0: the register is one that only counts as written to, as the doorbell of a
+    /// queue.
+    #[must_use]
+    pub fn ioeventfd(mut self, offset: u64, width: Width, value: Option<u64>) -> Self {
+        self.signalled.push(Signalled {
+            offset,
+            width,
+            value,
+        });
+        self
+    }
+
+    /// The same, as part of the region of this index.
+    pub(crate) fn io_events(&self, region: u32) -> impl Iterator<Item = IoEvent> + '_ {
+        let event = move |signalled: &Signalled| IoEvent {
+            region,
+            offset: signalled.offset,
+            width: signalled.width,
+            value: signalled.value,
+            ports: self.kind == BarKind::Io,
+        };
+        self.signalled.iter().map(event)
+    }
+
+    fn signalled_fault(&self) -> Option<String> {
+        for (number, signalled) in self.signalled.iter().enumerate() {
+            let Signalled {
+                offset,
+                width,
+                value,
+            } = *signalled;
+            let name = format!("its eventfd at {offset:#x}");
+            let bytes = width.bytes() as u64;
+            let end = offset.checked_add(bytes);
+            if offset % bytes != 0 || end.is_none_or(|end| end > self.size) {
+                return Some(format!("{name} is not that of a register of {bytes} bytes"));
+            }
+            if value.is_some_and(|value| value > width.ones()) {
+                return Some(format!("{name} has a value of more than {bytes} bytes"));
+            }
+            let is_shared = |area: &Area| offset < area.end() && area.offset < offset + bytes;
+            if self.areas.iter().any(is_shared) {
+                return Some(format!(
+                    "{name} is in an area that clients write themselves"
+                ));
+            }
+            // A hypervisor takes either any value, or single ones.
+            let clashes = |other: &Signalled| {
+                let values = value.is_none() || other.value.is_none() || value == other.value;
+                (offset, width) == (other.offset, other.width) && values
+            };
+            if self.signalled[..number].iter().any(clashes) {
+                return Some(format!("{name} is there twice"));
+            }
+        }
+        None
+    }
+
     /// What is wrong with this BAR, if anything is.
     pub(crate) fn fault(&self, page_size: u64) -> Option<String> {
         let Self { kind, size, .. } = self;
@@ -118,6 +191,7 @@ impl Bar {
             return Some("I/O ports can't be mapped".into());
         }
         self.area_fault(page_size)
+            .or_else(|| self.signalled_fault())
     }
 
     fn area_fault(&self, page_size: u64) -> Option<String> {

@@ -14,10 +14,12 @@ use super::sealed;
 use crate::error::{Errno, Error, Result};
 
 mod dirty;
+mod files;
 mod table;
 
 pub use dirty::DirtyLog;
 pub(crate) use dirty::DirtyPages;
+pub(crate) use files::FileCache;
 pub use table::RemoteMemory;
 pub(crate) use table::{DmaTable, Mapped, Memory};
 

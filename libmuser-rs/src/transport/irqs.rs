@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno as Number;
@@ -230,10 +230,7 @@ impl Vector {
 
     fn signal(&self) {
         match &self.handler {
-            Some(Handler::EventFd(fd)) => {
-                // A counter that is full is readable, which is all there is to tell.
-                let _ = nix::unistd::write(fd, &1_u64.to_ne_bytes());
-            }
+            Some(Handler::EventFd(fd)) => crate::sys::event::signal(fd.as_fd()),
             Some(Handler::Call(call)) => call(),
             None => {}
         }

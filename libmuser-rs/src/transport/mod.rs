@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use crate::error::{Errno, Result};
 use crate::memory::SharedMemory;
-use crate::region::{Area, AreaKind, RegionInfo};
+use crate::region::{Area, AreaKind, IoEvent, RegionInfo};
 
 mod difference;
 pub(crate) mod dma;
@@ -66,6 +66,9 @@ pub struct Description {
     pub regions: Vec<RegionInfo>,
     /// Interrupt indexes, ascending.
     pub irqs: Vec<IrqInfo>,
+    /// Writes that may come by eventfd. A transport without them has ordinary writes instead, so
+    /// they are no part of what a device [stays](AttachOptions::standby).
+    pub io_events: Vec<IoEvent>,
 }
 
 impl Description {

@@ -8,6 +8,9 @@
 //!
 //! The stream knows of a message its size only, which is in its header. What the bytes mean is for
 //! [`wire`](super::wire).
+//!
+//! Descriptors of a message are those that ride on its first byte. How many messages come in one
+//! system call is for the kernel to say; a message that comes whole needs one.
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,6 +20,8 @@ use std::time::Instant;
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
+use super::wire::HEADER;
+
 mod receiver;
 mod sender;
 #[cfg(test)]
@@ -25,8 +30,6 @@ mod tests;
 pub(crate) use receiver::{Descriptors, Message, Receiver};
 pub(crate) use sender::{Progress, Sender};
 
-/// Bytes of a message's header (vfio-user, "Header").
-pub(crate) const HEADER: usize = 16;
 /// Where a header has the size of its message.
 const SIZE: std::ops::Range<usize> = 4..8;
 

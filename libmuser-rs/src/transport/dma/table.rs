@@ -16,6 +16,7 @@ use nix::errno::Errno as Number;
 use vm_memory::VolatileSlice;
 
 use super::dirty::PAGE;
+use super::files::{FileMapping, SharedFile};
 use super::{Acquired, Backing, DirtyLog, DirtyPages, DmaAccess, GuestMemory, IovaRange, Piece};
 use crate::error::{Error, Result};
 use crate::sys::Mapping;
@@ -49,8 +50,28 @@ pub(crate) enum Memory {
     /// In this process, from this offset of the mapping on. If it is mapped for reading only, so is
     /// what the client is told of it.
     Direct(Arc<Mapping>, usize),
+    /// In this process, from this offset of a file's mapping on.
+    Mapped(Arc<FileMapping>, usize),
+    /// In a file that can't be mapped, from this offset on.
+    File(Arc<SharedFile>, u64),
     /// With the client, from this offset on.
     Remote(Arc<dyn RemoteMemory>, u64),
+}
+
+impl Memory {
+    /// What is in this process, and where in it the memory starts.
+    fn mapping(&self) -> Option<(&Mapping, usize)> {
+        match self {
+            Self::Direct(mapping, start) => Some((mapping, *start)),
+            Self::Mapped(file, start) => Some((file.mapping(), *start)),
+            Self::File(..) | Self::Remote(..) => None,
+        }
+    }
+
+    /// Whether an access needs the client to do something.
+    fn is_remote(&self) -> bool {
+        matches!(self, Self::Remote(..))
+    }
 }
 
 /// A mapping of the client's.
@@ -78,11 +99,14 @@ impl Mapped {
 
     fn read(&self, offset: u64, to: &mut [u8]) -> Result<()> {
         match &self.memory {
-            Memory::Direct(..) => {
+            Memory::Direct(..) | Memory::Mapped(..) => {
                 let slice = self.copied(offset, to.len())?;
                 slice.copy_to(to);
                 Ok(())
             }
+            Memory::File(file, start) => file
+                .read(start.saturating_add(offset), to)
+                .map_err(|error| Error::io("reading the client's file", error)),
             Memory::Remote(remote, start) => remote
                 .read(start.saturating_add(offset), to)
                 .map_err(|error| Error::io("reading the client's memory", error)),
@@ -91,20 +115,28 @@ impl Mapped {
 
     fn write(&self, offset: u64, from: &[u8]) -> Result<()> {
         match &self.memory {
-            Memory::Direct(..) => {
+            Memory::Direct(..) | Memory::Mapped(..) => {
                 let slice = self.copied(offset, from.len())?;
                 slice.copy_from(from);
                 Ok(())
             }
+            Memory::File(file, start) => {
+                let written = file.write(start.saturating_add(offset), from);
+                self.mark(offset, from.len());
+                written.map_err(|error| Error::io("writing the client's file", error))
+            }
             Memory::Remote(remote, start) => {
-                remote
-                    .write(start.saturating_add(offset), from)
-                    .map_err(|error| Error::io("writing the client's memory", error))?;
-                let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-                self.dirty.mark(offset, from.len());
-                Ok(())
+                let written = remote.write(start.saturating_add(offset), from);
+                self.mark(offset, from.len());
+                written.map_err(|error| Error::io("writing the client's memory", error))
             }
         }
+    }
+
+    /// Marks what may have been written, also by a call that failed half-way.
+    fn mark(&self, offset: u64, len: usize) {
+        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+        self.dirty.mark(offset, len);
     }
 
     fn copied(&self, offset: u64, len: usize) -> Result<VolatileSlice<'_, DirtyLog<'_>>> {
@@ -118,9 +150,7 @@ impl Mapped {
 
 impl Backing for Mapped {
     fn slice(&self, bytes: Range<usize>) -> Option<VolatileSlice<'_, DirtyLog<'_>>> {
-        let Memory::Direct(mapping, offset) = &self.memory else {
-            return None;
-        };
+        let (mapping, offset) = self.memory.mapping()?;
         let log = DirtyLog::new(&self.dirty, bytes.start);
         let start = offset.checked_add(bytes.start)?;
         mapping.slice_with(start..offset.checked_add(bytes.end)?, log)
@@ -134,11 +164,39 @@ pub(crate) struct DmaTable {
     generation: AtomicU64,
 }
 
-/// By first IOVA.
 #[derive(Debug, Default)]
 struct Mappings {
-    by_start: BTreeMap<u64, Arc<Mapped>>,
+    by_start: BTreeMap<Start, Arc<Mapped>>,
     bytes: u64,
+}
+
+/// The first IOVA of a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Start(u64);
+
+impl Ord for Start {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        #[cfg(test)]
+        Self::comparisons().set(Self::comparisons().get() + 1);
+        self.0.cmp(&other.0)
+    }
+}
+
+impl PartialOrd for Start {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+#[cfg(test)]
+impl Start {
+    /// How often this thread has compared two.
+    fn comparisons() -> &'static std::thread::LocalKey<std::cell::Cell<usize>> {
+        thread_local! {
+            static COMPARISONS: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+        }
+        &COMPARISONS
+    }
 }
 
 impl DmaTable {
@@ -174,7 +232,7 @@ impl DmaTable {
             used: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
         };
-        mappings.by_start.insert(iova, Arc::new(mapped));
+        mappings.by_start.insert(Start(iova), Arc::new(mapped));
         Ok(())
     }
 
@@ -199,13 +257,22 @@ impl DmaTable {
         leaving(self.write_lock().by_start.values())
     }
 
+    /// Mappings that were about to go stay.
+    pub(crate) fn stay(&self, going: &[Arc<Mapped>]) {
+        // Nobody looks for one while the lock is held for writing.
+        let _mappings = self.write_lock();
+        for mapped in going {
+            mapped.leaving.store(false, Ordering::Relaxed);
+        }
+    }
+
     /// The mappings go, and with them what was acquired of them. Tells how many bytes went: what
     /// somebody else unmapped at the same time counts once.
     pub(crate) fn remove(&self, gone: &[Arc<Mapped>]) -> u64 {
         let mut bytes = 0;
         let mut mappings = self.write_lock();
         for mapped in gone {
-            let start = mapped.range.first();
+            let start = Start(mapped.range.first());
             let present = mappings.by_start.get(&start);
             if present.is_some_and(|present| Arc::ptr_eq(present, mapped)) {
                 mappings.by_start.remove(&start);
@@ -265,8 +332,7 @@ impl DmaTable {
     ) -> Result<()> {
         let mappings = self.read_lock();
         let parts = mappings.parts(range, access)?;
-        let direct = |part: &Part| matches!(part.mapped.memory, Memory::Direct(..));
-        if parts.iter().all(direct) {
+        if !parts.iter().any(|part| part.mapped.memory.is_remote()) {
             // Under the lock, so that an unmap which has ended is not written to any more.
             return parts
                 .iter()
@@ -292,9 +358,11 @@ struct Part {
 impl Mappings {
     /// Those which have an IOVA of the range, ascending.
     fn overlapping(&self, range: IovaRange) -> impl Iterator<Item = &Arc<Mapped>> {
-        let before = self.by_start.range(..range.first()).next_back();
+        let before = self.by_start.range(..Start(range.first())).next_back();
         let before = before.filter(|(_, mapped)| mapped.range.overlaps(range));
-        let inside = self.by_start.range(range.first()..=range.last());
+        let inside = self
+            .by_start
+            .range(Start(range.first())..=Start(range.last()));
         before.into_iter().chain(inside).map(|(_, mapped)| mapped)
     }
 
@@ -371,9 +439,7 @@ impl GuestMemory for DmaTable {
         let generation = self.generation();
         let parts = mappings.parts(range, access)?;
         let pieces = parts.into_iter().map(|part| {
-            let Memory::Direct(..) = part.mapped.memory else {
-                return None;
-            };
+            part.mapped.memory.mapping()?;
             let start = usize::try_from(part.offset).ok()?;
             Some(Piece {
                 bytes: start..start.checked_add(part.bytes.len())?,
@@ -424,6 +490,9 @@ impl GuestMemory for DmaTable {
     }
 }
 
+#[cfg(test)]
+#[path = "model_tests.rs"]
+mod model_tests;
 #[cfg(test)]
 #[path = "table_tests.rs"]
 mod tests;

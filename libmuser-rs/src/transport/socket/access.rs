@@ -216,6 +216,7 @@ mod tests {
         let description = Description {
             regions: vec![info.clone()],
             irqs: Vec::new(),
+            io_events: Vec::new(),
         };
         (info, Areas::new(&description, None, &Nobody).unwrap())
     }

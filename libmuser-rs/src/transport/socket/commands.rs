@@ -131,6 +131,9 @@ impl State {
         handled.or_else(|Refusal(errno, why)| {
             if let Some(session) = self.session_of(to.session) {
                 session.refuse(to, errno, format_args!("{why}"));
+                if session.peer.is_none() {
+                    session.end(format!("no version was agreed upon: {why}"));
+                }
             }
             Ok(Handled::Answered)
         })
@@ -156,7 +159,7 @@ impl State {
             ClientRequest::Version(version) => self.negotiate(hub, to, version)?,
             ClientRequest::DeviceInfo(query) => self.device_info(to, query),
             ClientRequest::RegionInfo(query) => self.region_info(to, query)?,
-            ClientRequest::RegionIoFds(query) => self.region_io_fds(to, query)?,
+            ClientRequest::RegionIoFds(query) => self.region_io_fds(hub, to, query)?,
             ClientRequest::IrqInfo(query) => self.irq_info(to, query)?,
             ClientRequest::SetIrqs(request) => {
                 self.set_irqs(hub, request, fds)?;

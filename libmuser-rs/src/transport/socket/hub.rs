@@ -18,10 +18,12 @@ use super::door::{Door, Knock};
 use super::events::{Events, Happened, Source};
 use super::flight::Flight;
 use super::guests::Guests;
+use super::interrupts::Gates;
+use super::io_events::IoEvents;
 use super::keeper::Keeper;
 use super::session::{Framing, ReplyTo, Session};
 use crate::error::{Errno, Error, Result};
-use crate::transport::dma::DmaTable;
+use crate::transport::dma::{DmaTable, FileCache};
 use crate::transport::irqs::Irqs;
 use crate::transport::{Description, Operation, Reply, Request, RequestId, Take, Token};
 
@@ -76,6 +78,11 @@ pub(super) struct State {
     pub(super) guests: Guests,
     pub(super) irqs: Arc<Irqs>,
     pub(super) dma: Arc<DmaTable>,
+    pub(super) files: FileCache,
+    pub(super) gates: Gates,
+    pub(super) io_events: IoEvents,
+    /// Whether the client wants to know what the device writes.
+    pub(super) logging: bool,
     flights: Vec<Flight>,
     /// Flights of which the next part can be taken.
     due: VecDeque<RequestId>,
@@ -120,6 +127,10 @@ impl Hub {
                 guests: Guests::default(),
                 irqs: Arc::default(),
                 dma: Arc::default(),
+                files: FileCache::default(),
+                gates: Gates::default(),
+                io_events: IoEvents::default(),
+                logging: false,
                 flights: Vec::new(),
                 due: VecDeque::new(),
                 exclusive: false,
@@ -285,17 +296,22 @@ impl State {
         }
         self.turns = self.turns.wrapping_add(1);
         if self.turns % TURNS == 0 {
-            if let Some(request) = self.look_around(hub, data)? {
-                return Ok(Some(request));
-            }
+            self.look_around(hub)?;
         }
-        if let Some(request) = self.take_command(hub, data)? {
-            return Ok(Some(request));
+        let request = self.take_new(hub, data)?;
+        if request.is_some() || !look {
+            return Ok(request);
         }
-        if !look {
+        self.look_around(hub)?;
+        self.take_new(hub, data)
+    }
+
+    /// What the device has to do next, if it may.
+    fn take_new(&mut self, hub: &Hub, data: &mut Vec<u8>) -> Result<Option<Request>> {
+        if self.exclusive {
             return Ok(None);
         }
-        if let Some(request) = self.look_around(hub, data)? {
+        if let Some(request) = self.take_io_event(data) {
             return Ok(Some(request));
         }
         self.take_command(hub, data)
@@ -346,14 +362,13 @@ impl State {
     }
 
     /// Looks at what is not the client's commands.
-    fn look_around(&mut self, hub: &Hub, _data: &mut Vec<u8>) -> Result<Option<Request>> {
+    fn look_around(&mut self, hub: &Hub) -> Result<()> {
         let mut happened = std::mem::take(&mut self.happened);
-        let looked = hub.events.look(&mut happened);
-        let request = Ok(None);
+        let mut looked = hub.events.look(&mut happened);
         for source in happened.sources() {
             match source {
                 Source::Inside | Source::Main => {}
-                Source::Door => self.answer_door(hub)?,
+                Source::Door => looked = looked.and_then(|()| self.answer_door(hub)),
                 Source::Twin => {
                     if let Some(session) = &mut self.session {
                         session.flush();
@@ -361,12 +376,12 @@ impl State {
                     }
                 }
                 Source::Guest(index) => self.guests.turn_away(index, &hub.events),
-                Source::Gate(_) | Source::IoEvent(_) => {}
+                Source::Gate(number) => self.pass_gate(hub, number),
+                Source::IoEvent(number) => self.note_io_event(number),
             }
         }
         self.happened = happened;
-        looked?;
-        request
+        looked
     }
 
     /// Somebody is at the door.
@@ -413,6 +428,9 @@ impl State {
         log::info!("client {} is not served any more: {reason}", session.number);
         self.irqs.disable_all();
         self.dma.clear();
+        self.drop_gates(hub);
+        self.drop_io_events(hub);
+        self.logging = false;
         // Who has never said a word has changed nothing.
         if session.peer.is_some() {
             self.closing = Closing::Due;
@@ -463,6 +481,7 @@ impl State {
         let mut inside = !self.due.is_empty();
         inside |= self.closing == Closing::Due && self.flights_are_over() && !self.exclusive;
         inside |= self.session.is_none() && self.shut && self.flights_are_over();
+        inside |= self.io_events.has_signals() && !self.exclusive && self.has_room();
         let mut answers = false;
         if let Some(session) = &mut self.session {
             session.watch(&hub.events)?;

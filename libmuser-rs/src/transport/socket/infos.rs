@@ -37,21 +37,12 @@ impl State {
             let why = "a version was agreed upon before";
             return Err(Refusal::new(Errno::EINVAL, why));
         }
-        let proposed = if version.major == MAJOR {
-            Capabilities::parse(version.data)
-        } else {
+        if version.major != MAJOR {
             let Version { major, minor, .. } = version;
-            let message = format!("version {major}.{minor} is not one of {MAJOR}.x");
-            Err(Error::new(Errno::EINVAL, message))
-        };
-        let proposed = match proposed {
-            Ok(proposed) => proposed,
-            Err(error) => {
-                session.refuse(to, error.errno(), format_args!("{error}"));
-                session.end(format!("no version was agreed upon: {error}"));
-                return Ok(());
-            }
-        };
+            let why = format!("version {major}.{minor} is not one of {MAJOR}.x");
+            return Err(Refusal::new(Errno::EINVAL, why));
+        }
+        let proposed = Capabilities::parse(version.data)?;
         // Nobody else is at the second socket, so there is no harm in a supervisor's not seeing it.
         let twin = proposed.has_twin_socket() && proposed.fds() > 0 && !to.is_posted();
         let twin = twin.then(UnixStream::pair).transpose();

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Memory that the client gives to the device, and takes back.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 
 use zerocopy::IntoBytes;
 
 use super::commands::Refusal;
+use super::features::{bitmap, bitmap_size};
 use super::flight::{Flight, Unmap};
 use super::hub::{Handled, State};
+use super::infos::size_of_u32;
 use super::remote::ClientMemory;
 use super::session::ReplyTo;
 use crate::error::Errno;
-use crate::sys::Mapping;
 use crate::transport::dma::Memory;
 use crate::transport::DmaAccess;
 use crate::vfio_user::wire::payload;
@@ -46,7 +47,14 @@ impl State {
             return Err(Refusal::new(Errno::EINVAL, why));
         }
         let memory = match fd {
-            Some(fd) => from_fd(&fd, request, access)?,
+            Some(fd) => {
+                let DmaMap { offset, size, .. } = request;
+                Memory::from_fd(&self.files, fd, offset, size, access).map_err(|errno| {
+                    let why = format!("{size:#x} bytes of the file from {offset:#x} on");
+                    let why = format!("{why} can't be memory");
+                    Refusal::new(super::session::to_errno(errno), why)
+                })?
+            }
             None => {
                 let remote = ClientMemory::new(Weak::clone(&self.hub), to.session);
                 Memory::Remote(Arc::new(remote), request.address)
@@ -74,6 +82,10 @@ impl State {
                 let why = format!("nothing is mapped at IOVA {:#x}", request.address);
                 return Err(Refusal::new(ENOENT, why));
             }
+            if let Some(wanted) = request.bitmap {
+                self.check_bitmap(wanted, request.argsz, request.size)
+                    .inspect_err(|_| self.dma.stay(&going))?;
+            }
             going
         };
         let mut unmap = Unmap::new(request, going);
@@ -89,32 +101,39 @@ impl State {
     /// The device has let go of it.
     pub(super) fn end_unmap(&mut self, to: ReplyTo, unmap: &Unmap) {
         let request = unmap.request;
-        self.dma.remove(&unmap.going);
-        let flags = if request.all {
+        let mut flags = if request.all {
             payload::DmaUnmap::ALL
         } else {
             0
         };
+        let dirty = request.bitmap.map(|wanted| {
+            flags |= payload::DmaUnmap::DIRTY_BITMAP;
+            // It was checked when the command came.
+            let size = bitmap_size(request.size, wanted.pgsize).unwrap_or(0);
+            let end = request.address.saturating_add(request.size);
+            let bits = bitmap(&self.dma, request.address..end, wanted.pgsize, size);
+            let fixed = payload::Bitmap {
+                pgsize: wanted.pgsize,
+                size: bits.len() as u64,
+            };
+            (fixed, bits)
+        });
+        self.dma.remove(&unmap.going);
+        let around = size_of_u32::<payload::DmaUnmap>();
+        let more = dirty
+            .as_ref()
+            .map_or(0, |(fixed, bits)| size_of_val(fixed) + bits.len());
         let fixed = payload::DmaUnmap {
-            argsz: super::infos::size_of_u32::<payload::DmaUnmap>(),
+            argsz: around.saturating_add(u32::try_from(more).unwrap_or(u32::MAX)),
             flags,
             address: request.address,
             size: request.size,
         };
-        self.reply_to(to, Ok(&[fixed.as_bytes()]));
+        match &dirty {
+            Some((bitmap, bits)) => {
+                self.reply_to(to, Ok(&[fixed.as_bytes(), bitmap.as_bytes(), bits]));
+            }
+            None => self.reply_to(to, Ok(&[fixed.as_bytes()])),
+        }
     }
-}
-
-fn from_fd(fd: &OwnedFd, request: DmaMap, access: DmaAccess) -> Result<Memory, Refusal> {
-    let size = nix::sys::stat::fstat(fd)?.st_size;
-    let end = request.offset.checked_add(request.size);
-    let fits = end.is_some_and(|end| u64::try_from(size).is_ok_and(|size| end <= size));
-    if !fits {
-        let why = "the file has not so many bytes";
-        return Err(Refusal::new(Errno::EINVAL, why));
-    }
-    let len = usize::try_from(request.size)
-        .map_err(|_| Refusal::new(Errno::ENOMEM, "it is too large"))?;
-    let mapping = Mapping::new(fd.as_fd(), request.offset, len, access.writes())?;
-    Ok(Memory::Direct(Arc::new(mapping), 0))
 }

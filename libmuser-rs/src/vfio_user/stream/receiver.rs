@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::{size, Limits, StreamError, HEADER};
+use super::{size, Limits, StreamError};
 use crate::sys::ancillary::{self, Received};
+use crate::vfio_user::wire::HEADER;
 
 /// Bytes that a buffer has at first: several messages of the usual sizes.
 const BUFFER: usize = 16 << 10;

@@ -72,12 +72,6 @@ impl Sender {
         !self.kept.is_empty()
     }
 
-    /// Bytes that it keeps.
-    #[cfg(test)]
-    pub(super) fn kept_bytes(&self) -> usize {
-        self.kept.len()
-    }
-
     /// Sends a message, which is the `parts` one behind the other.
     ///
     /// A message of any size is taken while less than the limit is kept, so what is kept is bounded

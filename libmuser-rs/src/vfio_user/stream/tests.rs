@@ -273,15 +273,14 @@ fn size_beyond_the_limit_ends_the_stream_before_its_body_comes() {
 
 #[test]
 fn full_socket_keeps_the_rest_until_it_is_flushed() {
-    let ((mut sender, _keep), (_also, mut receiver)) = pair(LIMITS);
+    let ((mut sender, _keep), (_also, mut receiver)) = pair(Limits {
+        backlog: 1 << 21,
+        ..LIMITS
+    });
     let (reader, writer) = pipe();
     let large = message(1, 1_000_000);
 
     assert_eq!(sender.send(&[&large], &[]), Ok(Progress::Kept));
-    while sender.kept_bytes() >= LIMITS.backlog {
-        assert!(next(&mut receiver).is_none());
-        assert_eq!(sender.flush(), Ok(Progress::Kept));
-    }
     let second = message(2, 3);
     assert_eq!(
         sender.send(&[&second[..16], &second[16..]], &[writer.as_fd()]),
@@ -318,7 +317,6 @@ fn backlog_beyond_the_limit_takes_nothing() {
         sender.send(&[&message(1, 1_000_000)], &[]),
         Ok(Progress::Kept)
     );
-    assert!(sender.kept_bytes() > LIMITS.backlog);
 
     assert_eq!(sender.send(&[&message(2, 0)], &[]), Ok(Progress::Full));
 
@@ -384,9 +382,9 @@ fn peers_that_both_send_first_do_not_wait_for_each_other() {
             send: false,
         };
         while tags.len() < MESSAGES {
-            assert!(wait(socket.as_fd(), wanted, deadline).unwrap().receive);
-            while let Some(message) = receiver.receive().unwrap() {
-                tags.push(message.header()[0]);
+            match receiver.receive().unwrap() {
+                Some(message) => tags.push(message.header()[0]),
+                None => assert!(wait(socket.as_fd(), wanted, deadline).unwrap().receive),
             }
         }
         tags
