@@ -73,6 +73,13 @@ impl Process {
         }
     }
 
+    /// What it said that has `part` in it, from `mark` on.
+    pub(crate) fn heard(&self, mark: usize, part: &str) -> Vec<String> {
+        let lines = &self.said.heard().lines;
+        let with = lines.iter().skip(mark).filter(|line| line.contains(part));
+        with.cloned().collect()
+    }
+
     /// A line of what it said.
     pub(crate) fn line(&self, place: usize) -> Option<String> {
         self.said.heard().lines.get(place).cloned()

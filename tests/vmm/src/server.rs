@@ -18,7 +18,7 @@ use crate::wait::SOON;
 const UP: &str = " serves ";
 
 /// Tells the number of the process that becomes the program $0, which only then is started.
-const TELL: &str = "echo program $$; exec \"$0\" \"$@\"";
+const TELL: &str = "echo program $$ >&2; exec \"$0\" \"$@\"";
 const PROGRAM: &str = "program ";
 
 /// A device that can be connected to; its program is killed when this is dropped.
@@ -74,9 +74,10 @@ impl Server {
         Ok(())
     }
 
-    /// Kills the program that the supervisor runs at present, as a crash does.
+    /// Kills the program that the supervisor runs at present, as a crash does, once it serves.
     pub(crate) fn kill_program(&mut self) -> Result<()> {
         let place = self.process.hear(self.killed, PROGRAM, SOON)?;
+        self.process.hear(place, UP, SOON)?;
         let line = self.process.line(place).unwrap_or_default();
         let program = line.trim_start_matches(PROGRAM).parse();
         let program = Pid::from_raw(program.with_context(|| line.clone())?);

@@ -29,8 +29,9 @@ const TABLE: u32 = 0xe001_0000;
 
 /// Registers of a lane (samples/counter).
 const LANE: u64 = 0x40;
-const ADD: u64 = 0x00;
-const VALUE: u64 = 0x08;
+pub(super) const ADD: u64 = 0x00;
+pub(super) const VALUE: u64 = 0x08;
+pub(super) const FETCH_ADD: u64 = 0x10;
 const ADDRESS: u64 = 0x18;
 const GO: u64 = 0x20;
 const BELL: u64 = 0x28;
@@ -38,31 +39,28 @@ const DOORBELLS: u64 = 0x1000;
 
 /// The machine's memory, and where in it things are.
 const MEMORY_SIZE: &str = "64M";
-const BLOCK: u64 = 0x20_0000;
+pub(super) const BLOCK: u64 = 0x20_0000;
 const MESSAGES: u64 = 0x30_0000;
 
 /// A machine with a counter.
-struct Bench {
-    cpu: Qtest,
+pub(super) struct Bench {
+    pub(super) cpu: Qtest,
     card: Function,
-    _qemu: Qemu,
-    _server: Server,
+    pub(super) qemu: Qemu,
 }
 
 impl Bench {
-    fn new(memory: impl FnOnce(Setup) -> Setup, more: &[(&str, Value)]) -> Result<Self> {
-        let server = Server::start("counter")?;
+    fn new(
+        server: &Server,
+        memory: impl FnOnce(Setup) -> Setup,
+        more: &[(&str, Value)],
+    ) -> Result<Self> {
         let setup = memory(Setup::new("qtest-counter", "q35")?);
         let place = [("addr", json!(format!("{SLOT:x}")))];
         let properties = [&place, more].concat();
         let (qemu, cpu) = setup.device(server.socket(), &properties).start_bare()?;
         let card = Function::at(SLOT);
-        let mut bench = Self {
-            cpu,
-            card,
-            _qemu: qemu,
-            _server: server,
-        };
+        let mut bench = Self { cpu, card, qemu };
         let cpu = &mut bench.cpu;
         equal("ids", card.read(cpu, 0, 4)?, 0xc047_1234)?;
         equal("BAR 0", card.bar(cpu, 0)?, (0, 0x2000))?;
@@ -72,24 +70,24 @@ impl Bench {
         Ok(bench)
     }
 
-    fn shared() -> Result<Self> {
-        Self::new(|setup| setup.shared_memory(MEMORY_SIZE), &[])
+    pub(super) fn shared(server: &Server) -> Result<Self> {
+        Self::new(server, |setup| setup.shared_memory(MEMORY_SIZE), &[])
     }
 
-    fn get(&mut self, lane: u64, register: u64) -> Result<u64> {
+    pub(super) fn get(&mut self, lane: u64, register: u64) -> Result<u64> {
         let address = u64::from(REGISTERS) + lane * LANE + register;
         let width = if register == BELL { 4 } else { 8 };
         self.cpu.read(address, width)
     }
 
-    fn set(&mut self, lane: u64, register: u64, value: u64) -> Result<()> {
+    pub(super) fn set(&mut self, lane: u64, register: u64, value: u64) -> Result<()> {
         let address = u64::from(REGISTERS) + lane * LANE + register;
         let width = if register == ADDRESS { 8 } else { 4 };
         self.cpu.write(address, width, value)
     }
 
     /// Has a lane add what a block says; returns the counter that it wrote there.
-    fn go(&mut self, lane: u64, block: u64, addend: u64, sequence: u64) -> Result<u64> {
+    pub(super) fn go(&mut self, lane: u64, block: u64, addend: u64, sequence: u64) -> Result<u64> {
         self.start(lane, block, addend, sequence)?;
         wait::until("the sequence behind the counter", SOON, || {
             let done = self.cpu.read(block + 24, 8)? == sequence;
@@ -107,7 +105,7 @@ impl Bench {
     }
 
     /// Gives each of the first `vectors` a message of its own, and switches MSI-X on.
-    fn use_vectors(&mut self, vectors: u64) -> Result<()> {
+    pub(super) fn use_vectors(&mut self, vectors: u64) -> Result<()> {
         let capability = self.card.capability(&mut self.cpu, CAP_MSIX)?;
         for vector in 0..vectors {
             let entry = u64::from(TABLE) + 16 * vector;
@@ -120,7 +118,7 @@ impl Bench {
     }
 
     /// Waits for the message of a vector, and takes it.
-    fn take_message(&mut self, vector: u64) -> Result<()> {
+    pub(super) fn take_message(&mut self, vector: u64) -> Result<()> {
         let place = MESSAGES + 4 * vector;
         wait::until(&format!("the message of vector {vector}"), SOON, || {
             let came = self.cpu.read(place, 4)? == message(vector);
@@ -136,13 +134,15 @@ fn message(vector: u64) -> u64 {
 }
 
 fn dma_reaches_shared_memory() -> Result<()> {
-    let mut bench = Bench::shared()?;
+    let server = Server::start("counter")?;
+    let mut bench = Bench::shared(&server)?;
     dma_counts(&mut bench)
 }
 
 /// QEMU gives no descriptor of memory that is its own: all of it goes by messages.
 fn dma_reaches_memory_that_is_not_shared() -> Result<()> {
-    let mut bench = Bench::new(|setup| setup.with("-m", MEMORY_SIZE), &[])?;
+    let server = Server::start("counter")?;
+    let mut bench = Bench::new(&server, |setup| setup.with("-m", MEMORY_SIZE), &[])?;
     dma_counts(&mut bench)
 }
 
@@ -159,7 +159,8 @@ fn dma_counts(bench: &mut Bench) -> Result<()> {
 }
 
 fn dma_elsewhere_does_nothing() -> Result<()> {
-    let mut bench = Bench::shared()?;
+    let server = Server::start("counter")?;
+    let mut bench = Bench::shared(&server)?;
     // Behind the memory, in the middle of nowhere, and at the end of all addresses.
     for nowhere in [64 << 20, 1 << 40, u64::MAX - 31] {
         bench.set(0, ADDRESS, nowhere)?;
@@ -170,7 +171,8 @@ fn dma_elsewhere_does_nothing() -> Result<()> {
 }
 
 fn dma_without_bus_master_does_nothing() -> Result<()> {
-    let mut bench = Bench::shared()?;
+    let server = Server::start("counter")?;
+    let mut bench = Bench::shared(&server)?;
     bench.card.command(&mut bench.cpu, MEMORY)?;
     bench.start(0, BLOCK, 5, 1)?;
     equal("the counter", bench.get(0, VALUE)?, 0)?;
@@ -179,7 +181,8 @@ fn dma_without_bus_master_does_nothing() -> Result<()> {
 }
 
 fn vectors_write_their_messages() -> Result<()> {
-    let mut bench = Bench::shared()?;
+    let server = Server::start("counter")?;
+    let mut bench = Bench::shared(&server)?;
     bench.use_vectors(16)?;
     for round in 0..3 {
         for vector in [0, 1, 7, 15] {
@@ -191,7 +194,8 @@ fn vectors_write_their_messages() -> Result<()> {
 }
 
 fn masked_vector_is_pending() -> Result<()> {
-    let mut bench = Bench::shared()?;
+    let server = Server::start("counter")?;
+    let mut bench = Bench::shared(&server)?;
     bench.use_vectors(2)?;
     let mask = u64::from(TABLE) + 16 + 12;
     bench.cpu.write(mask, 4, 1)?;
@@ -207,7 +211,8 @@ fn masked_vector_is_pending() -> Result<()> {
 /// QEMU may hold writes back, and send many of them at once (REGION_WRITE_MULTI).
 fn queued_writes_all_arrive() -> Result<()> {
     let queued = [("x-send-queued", json!(true))];
-    let mut bench = Bench::new(|setup| setup.shared_memory(MEMORY_SIZE), &queued)?;
+    let server = Server::start("counter")?;
+    let mut bench = Bench::new(&server, |setup| setup.shared_memory(MEMORY_SIZE), &queued)?;
     for value in 1..=300 {
         bench.set(value % 16, ADD, value)?;
     }
@@ -219,7 +224,8 @@ fn queued_writes_all_arrive() -> Result<()> {
 }
 
 fn doorbell_keeps_what_is_rung() -> Result<()> {
-    let mut bench = Bench::shared()?;
+    let server = Server::start("counter")?;
+    let mut bench = Bench::shared(&server)?;
     for lane in [0, 15] {
         let doorbell = u64::from(REGISTERS) + DOORBELLS + 4 * lane;
         bench.cpu.write(doorbell, 4, 0xbe11 + lane)?;

@@ -20,19 +20,18 @@ topic!("qtest::gpio": [
     reset_of_the_machine_resets_the_card,
     next_qemu_finds_the_card_as_new,
     killed_server_leaves_qemu_alive,
-    supervised_server_is_killed_unseen,
     two_cards_keep_apart,
 ]);
 
 /// Registers of the card, by ports from where BAR 2 is put.
 const PORTS: u16 = 0xc000;
-const OUT_0_7: u16 = PORTS;
-const IN_0_7: u16 = PORTS + 1;
-const IRQ_CONTROL: u16 = PORTS + 2;
+pub(super) const OUT_0_7: u16 = PORTS;
+pub(super) const IN_0_7: u16 = PORTS + 1;
+pub(super) const IRQ_CONTROL: u16 = PORTS + 2;
 const OUT_8_15: u16 = PORTS + 4;
 const IN_8_15: u16 = PORTS + 5;
-const IRQ_STATUS: u16 = PORTS + 6;
-const CHANGED: u32 = 1 << 2;
+pub(super) const IRQ_STATUS: u16 = PORTS + 6;
+pub(super) const CHANGED: u32 = 1 << 2;
 
 const SLOT: u8 = 4;
 /// Where in the guest's memory an MSI is sent, and what it says.
@@ -40,14 +39,14 @@ const MESSAGE_ADDRESS: u32 = 0x0010_0000;
 const MESSAGE: u16 = 0x1234;
 
 /// A machine with a card, whose registers are at the ports.
-struct Bench {
-    cpu: Qtest,
-    qemu: Qemu,
+pub(super) struct Bench {
+    pub(super) cpu: Qtest,
+    pub(super) qemu: Qemu,
     card: Function,
 }
 
 impl Bench {
-    fn new(server: &Server) -> Result<Self> {
+    pub(super) fn new(server: &Server) -> Result<Self> {
         let setup = Setup::new("qtest-gpio", "q35")?.shared_memory("64M");
         let place = [("addr", json!(format!("{SLOT:x}")))];
         let (qemu, cpu) = setup.device(server.socket(), &place).start_bare()?;
@@ -58,21 +57,21 @@ impl Bench {
     }
 
     /// What firmware and a driver do first.
-    fn switch_on(&mut self) -> Result<()> {
+    pub(super) fn switch_on(&mut self) -> Result<()> {
         self.card.place(&mut self.cpu, 2, PORTS.into())?;
         self.card.command(&mut self.cpu, IO | BUS_MASTER)
     }
 
-    fn get(&mut self, port: u16) -> Result<u32> {
+    pub(super) fn get(&mut self, port: u16) -> Result<u32> {
         self.cpu.port_read(port, 1)
     }
 
-    fn set(&mut self, port: u16, value: u32) -> Result<()> {
+    pub(super) fn set(&mut self, port: u16, value: u32) -> Result<()> {
         self.cpu.port_write(port, 1, value)
     }
 
     /// Reads inputs until they change once.
-    fn toggle(&mut self) -> Result<()> {
+    pub(super) fn toggle(&mut self) -> Result<()> {
         for _ in 0..3 {
             self.get(IN_0_7)?;
         }
@@ -242,29 +241,6 @@ fn killed_server_leaves_qemu_alive() -> Result<()> {
     server.start_again()?;
     let mut next = Bench::new(&server)?;
     equal("outputs", next.get(OUT_0_7)?, 0)
-}
-
-fn supervised_server_is_killed_unseen() -> Result<()> {
-    let mut server = Server::supervised("gpio")?;
-    let mut bench = Bench::new(&server)?;
-    bench.cpu.watch("ioapic")?;
-    bench.get(IRQ_CONTROL)?;
-    for round in 0..10_u32 {
-        bench.set(OUT_0_7, round)?;
-        server.kill_program()?;
-        equal("outputs", bench.get(OUT_0_7)?, round)?;
-        bench.toggle()?;
-        server.kill_program()?;
-        equal("status", bench.get(IRQ_STATUS)?, CHANGED)?;
-        bench
-            .cpu
-            .wait_for("the line to rise", |inputs| !inputs.high.is_empty())?;
-        bench.set(IN_0_7, 0)?;
-        bench
-            .cpu
-            .wait_for("the line to fall", |inputs| inputs.high.is_empty())?;
-    }
-    Ok(())
 }
 
 fn two_cards_keep_apart() -> Result<()> {

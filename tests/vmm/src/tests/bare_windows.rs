@@ -21,9 +21,9 @@ topic!("qtest::windows": [
 
 const SLOT: u8 = 6;
 /// Where the BARs and the ROM are put.
-const REGISTERS: u32 = 0xe000_0000;
-const PAGE: u64 = 0x1000;
-const LARGE: u64 = 0x20_0000_0000;
+pub(super) const REGISTERS: u32 = 0xe000_0000;
+pub(super) const PAGE: u64 = 0x1000;
+pub(super) const LARGE: u64 = 0x20_0000_0000;
 const LARGE_SIZE: u64 = 0x1_0000;
 const ROM: u32 = 0xe010_0000;
 const ROM_ENABLE: u32 = 1;
@@ -37,14 +37,14 @@ const DEVICE_CONTROL: u8 = 0x08;
 const FLR: u32 = 1 << 15;
 
 /// A machine with the card.
-struct Bench {
-    cpu: Qtest,
+pub(super) struct Bench {
+    pub(super) cpu: Qtest,
     qemu: Qemu,
     card: Function,
 }
 
 impl Bench {
-    fn new(server: &Server) -> Result<Self> {
+    pub(super) fn new(server: &Server) -> Result<Self> {
         let setup = Setup::new("qtest-windows", "q35")?.shared_memory("64M");
         let place = [("addr", json!(format!("{SLOT:x}")))];
         let (qemu, cpu) = setup.device(server.socket(), &place).start_bare()?;
@@ -63,12 +63,12 @@ impl Bench {
     }
 
     /// A register, which is a word of the mapped page by way of the device.
-    fn register(&mut self, place: u64) -> Result<u64> {
+    pub(super) fn register(&mut self, place: u64) -> Result<u64> {
         self.cpu.read(u64::from(REGISTERS) + place, 4)
     }
 
     /// The same word, as QEMU has it mapped.
-    fn mapped(&mut self, place: u64) -> Result<u64> {
+    pub(super) fn mapped(&mut self, place: u64) -> Result<u64> {
         self.cpu.read(u64::from(REGISTERS) + PAGE + place, 4)
     }
 }

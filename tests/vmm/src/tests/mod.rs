@@ -3,6 +3,7 @@
 
 mod bare_dma;
 mod bare_gpio;
+mod bare_supervised;
 mod bare_windows;
 mod guest;
 mod guest_vfio;
@@ -19,6 +20,7 @@ pub(crate) fn all() -> Vec<Test> {
         bare_gpio::tests(),
         bare_dma::tests(),
         bare_windows::tests(),
+        bare_supervised::tests(),
         guest::tests(),
         guest_vfio::tests(),
     ]
