@@ -103,6 +103,12 @@ pub(crate) enum Kind {
     Removed,
     #[error("another server takes the device over")]
     HandedOver,
+    #[error("{0}")]
+    Disconnected(String),
+    #[error("{0}")]
+    TimedOut(String),
+    #[error("{0}")]
+    Protocol(String),
     #[error("the device panicked: {0}")]
     Panicked(String),
 }
@@ -130,6 +136,9 @@ impl Error {
             Kind::Model(_) => Errno::EINVAL,
             Kind::Removed => Errno(libc::ENODEV),
             Kind::HandedOver => Errno(libc::ESHUTDOWN),
+            Kind::Disconnected(_) => Errno(libc::ENOTCONN),
+            Kind::TimedOut(_) => Errno(libc::ETIMEDOUT),
+            Kind::Protocol(_) => Errno(libc::EPROTO),
             Kind::Panicked(_) => Errno::EIO,
         }
     }
@@ -170,6 +179,24 @@ impl Error {
         matches!(self.0, Kind::Panicked(_))
     }
 
+    /// Whether the other side of a socket has gone, so that it takes another connection to go on.
+    #[must_use]
+    pub fn is_disconnected(&self) -> bool {
+        matches!(self.0, Kind::Disconnected(_))
+    }
+
+    /// Whether the other side of a socket has not answered in time.
+    #[must_use]
+    pub fn is_timed_out(&self) -> bool {
+        matches!(self.0, Kind::TimedOut(_))
+    }
+
+    /// Whether the other side of a socket has said what no side following the protocol says.
+    #[must_use]
+    pub fn is_protocol(&self) -> bool {
+        matches!(self.0, Kind::Protocol(_))
+    }
+
     pub(crate) fn io(context: impl Into<String>, source: impl Into<io::Error>) -> Self {
         Self(Kind::Io {
             context: context.into(),
@@ -187,6 +214,18 @@ impl Error {
             errno,
             message: message.into(),
         })
+    }
+
+    pub(crate) fn disconnected(message: impl Into<String>) -> Self {
+        Self(Kind::Disconnected(message.into()))
+    }
+
+    pub(crate) fn timed_out(message: impl Into<String>) -> Self {
+        Self(Kind::TimedOut(message.into()))
+    }
+
+    pub(crate) fn protocol(message: impl Into<String>) -> Self {
+        Self(Kind::Protocol(message.into()))
     }
 
     pub(crate) fn removed() -> Self {

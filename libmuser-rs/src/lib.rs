@@ -98,6 +98,7 @@
 mod builder;
 #[cfg(feature = "cli")]
 pub mod cli;
+pub mod client;
 mod device;
 mod dma;
 mod error;

@@ -13,6 +13,7 @@ use nix::sys::memfd::{memfd_create, MFdFlags};
 use vm_memory::{AtomicAccess, ByteValued, Bytes, VolatileSlice};
 
 use crate::error::{Errno, Error, Result};
+use crate::peer_file::{PeerMapping, Shares};
 use crate::sys::Mapping;
 
 /// A mappable area of a BAR. A handle: clone it, and use it from any thread.
@@ -24,6 +25,8 @@ pub struct SharedMemory {
     /// Where it is in the mapping, which has whole pages.
     start: usize,
     len: usize,
+    /// Of memory that a peer has handed over: what of the process' budget it has.
+    _shares: Option<Arc<Shares>>,
 }
 
 impl SharedMemory {
@@ -38,6 +41,16 @@ impl SharedMemory {
             mapping: Arc::new(mapping),
             start,
             len,
+            _shares: None,
+        }
+    }
+
+    /// Memory that the other side of a socket has handed over.
+    pub(crate) fn of_peer(mapping: PeerMapping) -> Self {
+        let (mapping, shares) = mapping.into_parts();
+        Self {
+            _shares: Some(Arc::new(shares)),
+            ..Self::new(mapping)
         }
     }
 

@@ -149,7 +149,9 @@ impl PeerFile {
         };
         Ok(PeerMapping {
             mapping: mapping?,
-            _shares: [bytes, count],
+            shares: Shares {
+                _shares: [bytes, count],
+            },
         })
     }
 
@@ -180,7 +182,20 @@ impl PeerFile {
 pub(crate) struct PeerMapping {
     // First, so that the shares are given back when it has gone.
     mapping: Mapping,
+    shares: Shares,
+}
+
+/// What a mapping has of the budget of this process, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Shares {
     _shares: [Share; 2],
+}
+
+impl PeerMapping {
+    /// The mapping, and what is to be dropped after it.
+    pub(crate) fn into_parts(self) -> (Mapping, Shares) {
+        (self.mapping, self.shares)
+    }
 }
 
 impl Deref for PeerMapping {

@@ -17,6 +17,7 @@ use crate::error::{Errno, Result};
 use crate::memory::SharedMemory;
 use crate::region::{Area, AreaKind, IoEvent, RegionInfo};
 
+pub(crate) mod client_memory;
 mod difference;
 pub(crate) mod dma;
 mod irqs;

@@ -3,11 +3,12 @@
 
 use std::fmt::Debug;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use anyhow::{anyhow, Context, Result};
+use anyhow::{anyhow, ensure, Context, Result};
 use libmuser::transport::Transport;
 use libmuser::{AttachOptions, Ended, Moment, Server, SharedServer, Stop};
 
@@ -82,16 +83,25 @@ pub fn run_with<B: Backend>(case: &Case, backend: B, threads: usize) -> Result<(
         server: Mutex::new(Some(Running::start(&backend, threads, false)?)),
         backend,
         threads,
+        restarted: AtomicBool::new(false),
     };
     let judged = (case.run)(&served);
     let ended = served.end();
-    judged.and(ended)
+    judged.and(ended)?;
+    let restarted = served.restarted.load(Ordering::Relaxed);
+    ensure!(
+        restarted == case.restarts,
+        "the case declares otherwise whether servers end in it"
+    );
+    Ok(())
 }
 
 struct Served<B> {
     server: Mutex<Option<Running>>,
     backend: Arc<B>,
     threads: usize,
+    /// Whether the case had a server end.
+    restarted: AtomicBool,
 }
 
 impl<B: Backend> Served<B> {
@@ -118,18 +128,21 @@ impl<B: Backend> Host for Served<B> {
     }
 
     fn restart(&self) -> Result<()> {
+        self.restarted.store(true, Ordering::Relaxed);
         self.end()?;
         *self.server() = Some(self.start(false)?);
         Ok(())
     }
 
     fn die_at(&self, moment: Moment) {
+        self.restarted.store(true, Ordering::Relaxed);
         if let Some(running) = &*self.server() {
             running.stop.die_at(moment);
         }
     }
 
     fn hand_over(&self) -> Result<()> {
+        self.restarted.store(true, Ordering::Relaxed);
         let next = self.start(true)?;
         let before = self.server().replace(next);
         match before.map(Running::join).transpose()? {

@@ -43,9 +43,9 @@ mod client;
 mod dma;
 mod queue;
 
+pub use super::client_memory::ClientMemory;
 pub use super::irqs::{IrqAction, IrqData};
 pub use client::Client;
-pub use dma::ClientMemory;
 
 use queue::Queue;
 

@@ -43,8 +43,9 @@ impl State {
             return Err(Refusal::new(Errno::EINVAL, why));
         }
         let proposed = Capabilities::parse(version.data)?;
-        // Nobody else is at the second socket, so there is no harm in a supervisor's not seeing it.
-        let twin = proposed.has_twin_socket() && proposed.fds() > 0 && !to.is_posted();
+        // Behind a supervisor, the next server could not have it.
+        let lasts = session.main.framing() == Framing::Plain;
+        let twin = proposed.has_twin_socket() && proposed.fds() > 0 && !to.is_posted() && lasts;
         let twin = twin.then(UnixStream::pair).transpose();
         let twin = twin.map_err(|error| Refusal::from(Error::from(error)))?;
         let agreed = Capabilities {

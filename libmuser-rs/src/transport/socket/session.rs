@@ -124,6 +124,10 @@ impl Channel {
         })
     }
 
+    pub(super) const fn framing(&self) -> Framing {
+        self.framing
+    }
+
     /// Watches the socket for what it is worth watching.
     pub(super) fn watch(&mut self, receive: bool, events: &Events) -> Result<()> {
         let watch = Watch {

@@ -105,7 +105,7 @@ impl Receiver {
         }
     }
 
-    pub(super) fn socket(&self) -> &Arc<OwnedFd> {
+    pub(crate) fn socket(&self) -> &Arc<OwnedFd> {
         &self.socket
     }
 

@@ -16,9 +16,9 @@ topic!("doorbell":
     device_sees_the_value,
     device_is_told,
     part_of_a_doorbell_can_be_rung,
-    last_value_survives_a_death,
     can_not_be_mapped,
-    is_zeroed_for_the_next_client,
+    is_zeroed_for_the_next_client;
+    restarts: last_value_survives_a_death,
 );
 
 /// Long enough for anything that is going to happen.

@@ -12,8 +12,8 @@ use crate::Host;
 topic!("life":
     reset_reaches_the_device,
     close_resets_for_the_next_client,
-    opened_and_closed_many_times,
-    restart_keeps_the_client,
+    opened_and_closed_many_times;
+    restarts: restart_keeps_the_client,
     restart_keeps_memory,
     restart_keeps_eventfds,
 );

@@ -23,19 +23,32 @@ pub struct Case {
     pub(crate) run: fn(&dyn Host) -> Result<()>,
     /// Threads that serve the device, at least.
     pub threads: usize,
+    /// Whether servers end under the client, and others go on: not every transport can that.
+    pub restarts: bool,
 }
 
-/// Lists the cases of a topic.
+/// Lists the cases of a topic: those that any transport can run, and those in which servers end
+/// under the client.
 macro_rules! topic {
-    ($topic:literal: $($case:ident),* $(,)?) => {
-        $crate::suite::topic!($topic, 1 thread: $($case),*);
+    ($topic:literal: $($case:ident),* $(; restarts: $($restarts:ident),*)? $(,)?) => {
+        $crate::suite::topic!($topic, 1 thread: $($case),* $(; restarts: $($restarts),*)?);
     };
-    ($topic:literal, $threads:literal thread: $($case:ident),* $(,)?) => {
-        pub(super) const CASES: &[$crate::Case] = &[$($crate::Case {
+    (
+        $topic:literal, $threads:literal thread:
+        $($case:ident),* $(; restarts: $($restarts:ident),*)? $(,)?
+    ) => {
+        pub(super) const CASES: &[$crate::Case] = &[
+            $($crate::suite::topic!(@case $topic, $case, $threads, false),)*
+            $($($crate::suite::topic!(@case $topic, $restarts, $threads, true),)*)?
+        ];
+    };
+    (@case $topic:literal, $case:ident, $threads:literal, $restarts:literal) => {
+        $crate::Case {
             name: concat!($topic, "::", stringify!($case)),
             run: $case,
             threads: $threads,
-        }),*];
+            restarts: $restarts,
+        }
     };
 }
 use topic;

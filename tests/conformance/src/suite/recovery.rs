@@ -14,8 +14,8 @@ use crate::device::{
 };
 use crate::{Client, Host};
 
-topic!("recovery":
-    first_server_has_nothing_to_recover,
+topic!("recovery":;
+    restarts: first_server_has_nothing_to_recover,
     config_space_survives,
     config_write_cut_short_is_done_once,
     function_level_reset_cut_short_is_done_once,

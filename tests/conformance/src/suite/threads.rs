@@ -13,8 +13,8 @@ use crate::{Client, Host};
 topic!("threads", 4 thread:
     accesses_run_at_the_same_time,
     resets_run_alone,
-    each_thread_sees_its_own_accesses_in_order,
-    effects_happen_once_while_servers_die,
+    each_thread_sees_its_own_accesses_in_order;
+    restarts: effects_happen_once_while_servers_die,
 );
 
 const CONFIG: u32 = 7;

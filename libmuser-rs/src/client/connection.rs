@@ -1,0 +1,741 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A connection to a server: commands out, each matched with its reply, and what the server asks for
+//! answered meanwhile.
+//!
+//! No thread is forced on anyone. Of the threads that wait for something, one leads: it polls the
+//! sockets, hands replies to the threads whose they are, and serves the server. The others are
+//! parked. Whoever leads and has got what it waited for hands over to one of the others. So a thread
+//! that is alone, as most are, gets its reply with one wake-up.
+//!
+//! Locks: `waiting` is never held while another is taken, nor over a system call that waits.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno as Number;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{shutdown, Shutdown};
+use std::os::fd::AsRawFd;
+use zerocopy::IntoBytes;
+
+use super::failure::{self, Failure};
+use super::lent::LentMemory;
+use crate::error::{Errno, Error, Result};
+use crate::vfio_user::stream::{
+    self, Descriptors, Message, Progress, Ready, Receiver, Sender, StreamError,
+};
+use crate::vfio_user::wire::payload::DmaAccess;
+use crate::vfio_user::wire::request::ServerRequest;
+use crate::vfio_user::wire::{self, Command, Header, Kind};
+
+/// Reply bodies whose memory is kept for the next.
+const SPARE: usize = 8;
+
+/// One socket with both of its halves.
+#[derive(Debug)]
+pub(super) struct Channel {
+    sender: Mutex<Sender>,
+    inbound: Mutex<Inbound>,
+    socket: Arc<OwnedFd>,
+}
+
+#[derive(Debug)]
+struct Inbound {
+    receiver: Receiver,
+    /// What a DMA_READ is answered with.
+    scratch: Vec<u8>,
+}
+
+impl Channel {
+    pub(super) fn new(sender: Sender, receiver: Receiver) -> Self {
+        Self {
+            socket: Arc::clone(sender.socket()),
+            sender: Mutex::new(sender),
+            inbound: Mutex::new(Inbound {
+                receiver,
+                scratch: Vec::new(),
+            }),
+        }
+    }
+
+    fn sender(&self) -> MutexGuard<'_, Sender> {
+        self.sender.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// What came in reply to a command.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub(super) result: Result<(), Errno>,
+    pub(super) body: Vec<u8>,
+    pub(super) descriptors: Descriptors,
+}
+
+/// What a thread waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Goal {
+    /// The reply to the command with this id.
+    Answer(u16),
+    /// All that the main socket's sender keeps is sent.
+    Flushed,
+    /// The end of the client; until then whatever comes is served.
+    End,
+    /// Nothing: what is there is served.
+    Nothing,
+}
+
+/// Everything that is being waited for.
+#[derive(Debug, Default)]
+struct Waiting {
+    slots: HashMap<u16, Slot>,
+    next: u16,
+    /// Whether a thread leads.
+    led: bool,
+    flushing: Vec<Thread>,
+    /// The thread that serves when nobody else leads.
+    idle: Option<Thread>,
+    failure: Option<Failure>,
+    spare: Vec<Vec<u8>>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    command: Command,
+    /// Who waits; nobody does any more for a reply that was late.
+    thread: Option<Thread>,
+    answer: Option<Answer>,
+}
+
+/// A connection after its negotiation.
+#[derive(Debug)]
+pub(super) struct Connection {
+    main: Channel,
+    /// On which the server asks, if there is one.
+    twin: Option<Channel>,
+    /// Whether a thread of its own serves the twin socket.
+    twin_is_served: AtomicBool,
+    waiting: Mutex<Waiting>,
+    /// Has whoever leads look what else there is to wait for.
+    kick: EventFd,
+    /// Written once, at the end.
+    end: EventFd,
+    ended: AtomicBool,
+    lent: LentMemory,
+    /// Bytes of data that the server may send or ask for in one message.
+    data: usize,
+    timeout: Duration,
+}
+
+impl Connection {
+    pub(super) fn new(
+        main: Channel,
+        twin: Option<Channel>,
+        data: usize,
+        timeout: Duration,
+    ) -> Result<Self> {
+        let event = || {
+            EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+                .map_err(|errno| Error::io("making an eventfd", errno))
+        };
+        Ok(Self {
+            main,
+            twin,
+            twin_is_served: AtomicBool::new(false),
+            waiting: Mutex::default(),
+            kick: event()?,
+            end: event()?,
+            ended: AtomicBool::new(false),
+            lent: LentMemory::default(),
+            data,
+            timeout,
+        })
+    }
+
+    pub(super) fn lent(&self) -> &LentMemory {
+        &self.lent
+    }
+
+    /// The sockets that are readable when there is something to serve.
+    pub(super) fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let twin = self.twin.as_ref().map(AsFd::as_fd);
+        std::iter::once(self.main.as_fd()).chain(twin)
+    }
+
+    /// Sends a command, and waits for its reply, which is not an error.
+    ///
+    /// # Errors
+    ///
+    /// The server answered with an error, or not in time, or the connection is at its end.
+    pub(super) fn call(
+        &self,
+        command: Command,
+        payload: &[&[u8]],
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Answer> {
+        let deadline = Instant::now().checked_add(self.timeout);
+        let id = self.reserve(command)?;
+        let header = Header::command(id, command);
+        let answer = match self.push(header, payload, descriptors, deadline) {
+            Ok(_) => self.wait(Goal::Answer(id), deadline)?,
+            Err(error) => {
+                let mut waiting = self.lock();
+                waiting.slots.remove(&id);
+                hand_over(waiting);
+                return Err(error);
+            }
+        };
+        let answer = answer.ok_or_else(|| failure::late(command, self.timeout))?;
+        match answer.result {
+            Ok(()) => Ok(answer),
+            Err(errno) => Err(failure::refused(command, errno)),
+        }
+    }
+
+    /// Sends a command to which no reply is wanted, and waits until the socket has it.
+    ///
+    /// # Errors
+    ///
+    /// The server does not receive it in time, or the connection is at its end.
+    pub(super) fn post(&self, command: Command, payload: &[&[u8]]) -> Result<()> {
+        let deadline = Instant::now().checked_add(self.timeout);
+        // No reply will have it, so it can be that of another command.
+        let header = Header::command(0, command).unanswered();
+        if self.push(header, payload, &[], deadline)? == Progress::Sent {
+            return Ok(());
+        }
+        let flushed = self.wait(Goal::Flushed, deadline)?;
+        flushed
+            .map(drop)
+            .ok_or_else(|| failure::unsent(self.timeout))
+    }
+
+    /// Gives the memory of an answer back.
+    pub(super) fn done(&self, answer: Answer) {
+        let mut waiting = self.lock();
+        if waiting.spare.len() < SPARE {
+            waiting.spare.push(answer.body);
+        }
+    }
+
+    /// Serves what the server has asked for until now, without waiting.
+    pub(super) fn serve(&self) -> Result<()> {
+        self.wait(Goal::Nothing, Some(Instant::now())).map(drop)
+    }
+
+    /// Serves the server until the client ends, or the connection does.
+    pub(super) fn serve_on(&self) {
+        let _ = match &self.twin {
+            Some(twin) => {
+                self.twin_is_served.store(true, Ordering::Release);
+                self.serve_twin(twin).map_err(|failure| self.fail(failure))
+            }
+            // Whoever calls next is told of it.
+            None => self.wait(Goal::End, None).map(drop).map_err(drop),
+        };
+    }
+
+    /// Ends the client's side.
+    pub(super) fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+        for event in [&self.kick, &self.end] {
+            // It fails only if it is written to already.
+            let _ = event.write(1);
+        }
+        if let Some(idle) = self.lock().idle.take() {
+            idle.unpark();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes an id that no command has whose reply is still to come.
+    fn reserve(&self, command: Command) -> Result<u16> {
+        let mut waiting = self.lock();
+        if let Some(failure) = &waiting.failure {
+            return Err(failure.to_error());
+        }
+        if waiting.slots.len() > usize::from(u16::MAX) {
+            let message = "the server has left 65536 commands unanswered";
+            return Err(Error::new(Errno::EBUSY, message));
+        }
+        while waiting.slots.contains_key(&waiting.next) {
+            waiting.next = waiting.next.wrapping_add(1);
+        }
+        let id = waiting.next;
+        waiting.next = id.wrapping_add(1);
+        let slot = Slot {
+            command,
+            thread: Some(thread::current()),
+            answer: None,
+        };
+        waiting.slots.insert(id, slot);
+        Ok(id)
+    }
+
+    /// Has the main socket's sender take a message: all of it, or nothing if that fails.
+    fn push(
+        &self,
+        header: Header,
+        payload: &[&[u8]],
+        descriptors: &[BorrowedFd<'_>],
+        deadline: Option<Instant>,
+    ) -> Result<Progress> {
+        if let Some(failure) = &self.lock().failure {
+            return Err(failure.to_error());
+        }
+        loop {
+            let sent = send(&self.main, header, payload, descriptors);
+            match sent {
+                Ok(Progress::Sent) => return Ok(Progress::Sent),
+                Ok(Progress::Kept) => {
+                    self.kick();
+                    return Ok(Progress::Kept);
+                }
+                Ok(Progress::Full) => {
+                    self.kick();
+                    self.wait(Goal::Flushed, deadline)?
+                        .ok_or_else(|| failure::unsent(self.timeout))?;
+                }
+                Err(error) if error.is_closed() => {
+                    self.fail(error.into());
+                    return Err(Failure::from(error).to_error());
+                }
+                Err(error) => return Err(Failure::from(error).to_error()),
+            }
+        }
+    }
+
+    fn kick(&self) {
+        // It fails only if nobody has looked for 2^64 - 2 times.
+        let _ = self.kick.write(1);
+    }
+
+    /// Waits for something; `None` if the deadline has passed. What is not an answer is an empty one.
+    fn wait(&self, goal: Goal, deadline: Option<Instant>) -> Result<Option<Answer>> {
+        loop {
+            let mut waiting = self.lock();
+            if let Goal::Answer(id) = goal {
+                let answer = waiting
+                    .slots
+                    .get_mut(&id)
+                    .and_then(|slot| slot.answer.take());
+                if let Some(answer) = answer {
+                    waiting.slots.remove(&id);
+                    return Ok(Some(answer));
+                }
+            }
+            if let Some(failure) = &waiting.failure {
+                let error = failure.to_error();
+                if let Goal::Answer(id) = goal {
+                    waiting.slots.remove(&id);
+                }
+                return Err(error);
+            }
+            let is_late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            match goal {
+                Goal::End if self.ended.load(Ordering::Acquire) => return Ok(None),
+                Goal::Answer(id) if is_late => {
+                    // The reply may still come, and must not be taken for that to another command.
+                    if let Some(slot) = waiting.slots.get_mut(&id) {
+                        slot.thread = None;
+                    }
+                    hand_over(waiting);
+                    return Ok(None);
+                }
+                Goal::Flushed if is_late => {
+                    hand_over(waiting);
+                    return Ok(None);
+                }
+                _ => {}
+            }
+            if !waiting.led {
+                waiting.led = true;
+                drop(waiting);
+                let leading = Leading(self);
+                let led = self.lead(goal, deadline);
+                drop(leading);
+                match led {
+                    Ok(true) if matches!(goal, Goal::Flushed | Goal::Nothing) => {
+                        return Ok(Some(Answer::empty()))
+                    }
+                    Ok(_) => {}
+                    Err(failure) => self.fail(failure),
+                }
+                continue;
+            }
+            match goal {
+                Goal::Answer(_) => {}
+                // Whoever leads serves.
+                Goal::Nothing => return Ok(None),
+                Goal::Flushed => {
+                    drop(waiting);
+                    if !self.main.sender().has_backlog() {
+                        hand_over(self.lock());
+                        return Ok(Some(Answer::empty()));
+                    }
+                    waiting = self.lock();
+                    // Who led may have left meanwhile, without knowing of this thread.
+                    if !waiting.led {
+                        continue;
+                    }
+                    waiting.flushing.push(thread::current());
+                }
+                Goal::End => waiting.idle = Some(thread::current()),
+            }
+            drop(waiting);
+            match deadline {
+                Some(deadline) => {
+                    thread::park_timeout(deadline.saturating_duration_since(Instant::now()));
+                }
+                None => thread::park(),
+            }
+        }
+    }
+
+    /// Receives and sends until the goal is reached; tells whether it was before the deadline.
+    fn lead(&self, goal: Goal, deadline: Option<Instant>) -> Result<bool, Failure> {
+        loop {
+            self.drain(&self.main, goal, deadline)?;
+            let twin = self.twin.as_ref();
+            let twin = twin.filter(|_| !self.twin_is_served.load(Ordering::Acquire));
+            if let Some(twin) = twin {
+                self.drain(twin, goal, deadline)?;
+                let _ = twin.sender().flush()?;
+            }
+            let flushed = self.main.sender().flush()? == Progress::Sent;
+            if flushed {
+                self.wake_flushing();
+            }
+            let is_late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            if self.is_reached(goal, flushed) || is_late {
+                return Ok(self.is_reached(goal, flushed));
+            }
+            self.poll(twin, deadline)?;
+        }
+    }
+
+    fn is_reached(&self, goal: Goal, flushed: bool) -> bool {
+        match goal {
+            Goal::Answer(id) => {
+                let waiting = self.lock();
+                let slot = waiting.slots.get(&id);
+                slot.is_none_or(|slot| slot.answer.is_some())
+            }
+            Goal::Flushed => flushed,
+            // A thread that wants its reply had better wait for it itself.
+            Goal::End => self.ended.load(Ordering::Acquire),
+            Goal::Nothing => true,
+        }
+    }
+
+    /// Waits until one of the sockets is ready, or there is something else to wait for.
+    fn poll(&self, twin: Option<&Channel>, deadline: Option<Instant>) -> Result<(), Failure> {
+        let wanted = |channel: &Channel| match channel.sender().has_backlog() {
+            true => PollFlags::POLLIN | PollFlags::POLLOUT,
+            false => PollFlags::POLLIN,
+        };
+        let count = if twin.is_some() { 3 } else { 2 };
+        let twin = twin.unwrap_or(&self.main);
+        let mut polled = [
+            PollFd::new(self.kick.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.main.as_fd(), wanted(&self.main)),
+            PollFd::new(twin.as_fd(), wanted(twin)),
+        ];
+        match poll(&mut polled[..count], timeout(deadline)) {
+            Ok(_) | Err(Number::EINTR) => {}
+            Err(error) => return Err(StreamError::Socket(error).into()),
+        }
+        let is_kicked = polled[0].any().unwrap_or(false);
+        if is_kicked {
+            // Somebody else may have read it.
+            let _ = self.kick.read();
+        }
+        Ok(())
+    }
+
+    /// Takes what has come on a socket, and answers what the server asks for; not for longer than
+    /// until the deadline, but always until nothing is left that does not make the socket readable.
+    fn drain(
+        &self,
+        channel: &Channel,
+        goal: Goal,
+        deadline: Option<Instant>,
+    ) -> Result<(), Failure> {
+        let inbound = &mut *channel
+            .inbound
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let Some(message) = inbound.receiver.receive()? else {
+                return Ok(());
+            };
+            self.take(channel, message, &mut inbound.scratch)?;
+            let enough = deadline.is_some_and(|deadline| Instant::now() >= deadline)
+                || self.ended.load(Ordering::Acquire)
+                || matches!(goal, Goal::Answer(_)) && self.is_reached(goal, false);
+            if enough && !inbound.receiver.is_ready() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Gives a reply to the thread which waits for it, or answers a command.
+    fn take(
+        &self,
+        channel: &Channel,
+        message: Message<'_>,
+        scratch: &mut Vec<u8>,
+    ) -> Result<(), Failure> {
+        let header = Header::parse(message.header()).ok_or_else(|| {
+            Failure::protocol("the server has sent a message without a header".to_owned())
+        })?;
+        let kind = header.kind().map_err(|malformed| {
+            Failure::protocol(format!(
+                "the server has sent a message of which {malformed}"
+            ))
+        })?;
+        match kind {
+            Kind::Command { no_reply } => {
+                let body = message.body();
+                let has_descriptors = !message.descriptors.is_empty();
+                self.answer(channel, header, body, has_descriptors, no_reply, scratch)
+            }
+            Kind::Reply(result) => self.deliver(header, result, message),
+        }
+    }
+
+    fn deliver(
+        &self,
+        header: Header,
+        result: Result<(), Errno>,
+        message: Message<'_>,
+    ) -> Result<(), Failure> {
+        let waiting = &mut *self.lock();
+        let id = header.id;
+        let unknown = || Failure::protocol(failure::unexpected_reply(&header));
+        let slot = waiting.slots.get_mut(&id).ok_or_else(unknown)?;
+        if slot.command.number() != header.command {
+            return Err(Failure::protocol(failure::wrong_command(
+                &header,
+                slot.command,
+            )));
+        }
+        if slot.answer.is_some() {
+            return Err(unknown());
+        }
+        let Some(thread) = slot.thread.clone() else {
+            waiting.slots.remove(&id);
+            return Ok(());
+        };
+        let mut body = waiting.spare.pop().unwrap_or_default();
+        body.clear();
+        body.extend_from_slice(message.body());
+        slot.answer = Some(Answer {
+            result,
+            body,
+            descriptors: message.descriptors,
+        });
+        if thread.id() != thread::current().id() {
+            thread.unpark();
+        }
+        Ok(())
+    }
+
+    /// Does what the server asks for.
+    fn answer(
+        &self,
+        channel: &Channel,
+        header: Header,
+        body: &[u8],
+        has_descriptors: bool,
+        no_reply: bool,
+        scratch: &mut Vec<u8>,
+    ) -> Result<(), Failure> {
+        scratch.clear();
+        let done = self.perform(header, body, has_descriptors, scratch);
+        if let Err(errno) = &done {
+            log::warn!("{}", failure::refusing(&header, *errno));
+        }
+        if no_reply {
+            return Ok(());
+        }
+        let deadline = Instant::now().checked_add(self.timeout);
+        loop {
+            let sent = match &done {
+                Ok(access) => {
+                    let payload = [access.as_bytes(), scratch.as_slice()];
+                    send(channel, header.reply(Ok(())), &payload, &[])
+                }
+                Err(errno) => send(channel, header.reply(Err(*errno)), &[], &[]),
+            };
+            if sent? != Progress::Full {
+                return Ok(());
+            }
+            // It asks for more and more, and takes nothing of it: nothing more is received from it
+            // until it does.
+            let wanted = Ready {
+                receive: false,
+                send: true,
+            };
+            if !stream::wait(channel.as_fd(), wanted, deadline)?.send {
+                return Err(Failure::late(format!(
+                    "the server has not received what it asked for in {:?}",
+                    self.timeout
+                )));
+            }
+        }
+    }
+
+    /// Reads or writes memory for the server; what was read is in `read`.
+    fn perform(
+        &self,
+        header: Header,
+        body: &[u8],
+        has_descriptors: bool,
+        read: &mut Vec<u8>,
+    ) -> Result<DmaAccess, Errno> {
+        let command = Command::new(header.command).ok_or(Errno::EOPNOTSUPP)?;
+        let request = ServerRequest::parse(command, body).map_err(|bad| bad.errno())?;
+        let request = request.ok_or(Errno::EOPNOTSUPP)?;
+        let (ServerRequest::DmaRead(access) | ServerRequest::DmaWrite(access, _)) = request;
+        let count = usize::try_from(access.count).unwrap_or(usize::MAX);
+        if has_descriptors || count > self.data {
+            return Err(Errno::EINVAL);
+        }
+        match request {
+            ServerRequest::DmaRead(_) => {
+                read.resize(count, 0);
+                self.lent.read(access.address, read)?;
+            }
+            ServerRequest::DmaWrite(_, data) => self.lent.write(access.address, data)?,
+        }
+        Ok(DmaAccess {
+            address: access.address,
+            count: access.count,
+        })
+    }
+
+    /// Serves the twin socket only, until the end.
+    fn serve_twin(&self, twin: &Channel) -> Result<(), Failure> {
+        while !self.ended.load(Ordering::Acquire) {
+            self.drain(twin, Goal::End, None)?;
+            let mut wanted = PollFlags::POLLIN;
+            if twin.sender().flush()? == Progress::Kept {
+                wanted |= PollFlags::POLLOUT;
+            }
+            let end = PollFd::new(self.end.as_fd(), PollFlags::POLLIN);
+            let mut polled = [end, PollFd::new(twin.as_fd(), wanted)];
+            match poll(&mut polled, PollTimeout::NONE) {
+                Ok(_) | Err(Number::EINTR) => {}
+                Err(error) => return Err(StreamError::Socket(error).into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the connection: everybody who waits is told why.
+    fn fail(&self, failure: Failure) {
+        let mut waiting = self.lock();
+        if waiting.failure.is_none() {
+            log::warn!("vfio-user client: {failure}");
+            waiting.failure = Some(failure);
+        }
+        let slots = waiting.slots.values_mut();
+        let threads: Vec<_> = slots.filter_map(|slot| slot.thread.clone()).collect();
+        let idle = waiting.idle.take();
+        let flushing = std::mem::take(&mut waiting.flushing);
+        drop(waiting);
+        let all = threads.into_iter().chain(idle).chain(flushing);
+        all.for_each(|thread| thread.unpark());
+        for socket in self.sockets() {
+            // The other side may have closed it.
+            let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
+        }
+        let _ = self.end.write(1);
+    }
+
+    fn wake_flushing(&self) {
+        let flushing = std::mem::take(&mut self.lock().flushing);
+        flushing.iter().for_each(Thread::unpark);
+    }
+}
+
+/// A thread that leads; it hands over to another one when this is dropped.
+struct Leading<'a>(&'a Connection);
+
+impl Drop for Leading<'_> {
+    fn drop(&mut self) {
+        let mut waiting = self.0.lock();
+        waiting.led = false;
+        hand_over(waiting);
+    }
+}
+
+/// Has another thread lead, if none does. A thread that stops waiting does this: it may be the one
+/// that was to lead next.
+fn hand_over(mut waiting: MutexGuard<'_, Waiting>) {
+    if waiting.led {
+        return;
+    }
+    let this = thread::current().id();
+    let slots = waiting.slots.values();
+    let mut followers = slots
+        .filter(|slot| slot.answer.is_none())
+        .filter_map(|slot| slot.thread.as_ref())
+        .filter(|thread| thread.id() != this);
+    let next = followers.next().cloned();
+    let next = next.or_else(|| waiting.flushing.pop());
+    let next = next.or_else(|| waiting.idle.take());
+    drop(waiting);
+    if let Some(next) = next {
+        next.unpark();
+    }
+}
+
+impl Answer {
+    fn empty() -> Self {
+        Self {
+            result: Ok(()),
+            body: Vec::new(),
+            descriptors: Descriptors::default(),
+        }
+    }
+}
+
+/// Has a channel's sender take a message.
+fn send(
+    channel: &Channel,
+    header: Header,
+    payload: &[&[u8]],
+    descriptors: &[BorrowedFd<'_>],
+) -> Result<Progress, StreamError> {
+    let size = wire::HEADER + payload.iter().map(|part| part.len()).sum::<usize>();
+    let size = u32::try_from(size).map_err(|_| StreamError::Socket(Number::EMSGSIZE))?;
+    let header = Header { size, ..header };
+    let [first, second, third] = std::array::from_fn(|at| payload.get(at).copied().unwrap_or(&[]));
+    let parts = [header.as_bytes(), first, second, third];
+    channel.sender().send(&parts, descriptors)
+}
+
+/// The time to a deadline, as `poll` takes it, rounded up.
+fn timeout(deadline: Option<Instant>) -> PollTimeout {
+    let Some(deadline) = deadline else {
+        return PollTimeout::NONE;
+    };
+    let left = deadline.saturating_duration_since(Instant::now());
+    let millis = i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
+    PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX)
+}
