@@ -17,9 +17,8 @@ use crate::wait::SOON;
 /// What a device's program says once clients can connect.
 const UP: &str = " serves ";
 
-/// Tells the number of the process that becomes the program $0, which only then is started.
-const TELL: &str = "echo program $$ >&2; exec \"$0\" \"$@\"";
-const PROGRAM: &str = "program ";
+/// What the supervisor says before the number of a program's process.
+const STARTED: &str = "the program runs, process ";
 
 /// A device that can be connected to; its program is killed when this is dropped.
 #[derive(Debug)]
@@ -48,9 +47,8 @@ impl Server {
         let muserctl = place::program("muserctl")?.into_os_string();
         Self::run(program, |socket| {
             let supervise = [muserctl, "supervise".into(), "--socket-path".into()];
-            let shell = ["--".into(), "sh".into(), "-c".into(), TELL.into(), path];
-            let supervise = supervise.into_iter().chain([socket.into()]);
-            supervise.chain(shell).chain(["-v".into()]).collect()
+            let program = [socket.into(), "--".into(), path, "-v".into()];
+            supervise.into_iter().chain(program).collect()
         })
     }
 
@@ -76,13 +74,13 @@ impl Server {
 
     /// Kills the program that the supervisor runs at present, as a crash does, once it serves.
     pub(crate) fn kill_program(&mut self) -> Result<()> {
-        let place = self.process.hear(self.killed, PROGRAM, SOON)?;
+        let place = self.process.hear(self.killed, STARTED, SOON)?;
         self.process.hear(place, UP, SOON)?;
         let line = self.process.line(place).unwrap_or_default();
-        let program = line.trim_start_matches(PROGRAM).parse();
-        let program = Pid::from_raw(program.with_context(|| line.clone())?);
+        let number = line.rsplit(' ').next().unwrap_or_default();
+        let program = number.parse().with_context(|| line.clone())?;
         self.killed = place + 1;
-        kill(program, Signal::SIGKILL).with_context(|| format!("cannot kill {line:?}"))
+        kill(Pid::from_raw(program), Signal::SIGKILL).with_context(|| format!("cannot kill {line:?}"))
     }
 
     /// Where clients connect.

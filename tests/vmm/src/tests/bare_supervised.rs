@@ -129,7 +129,7 @@ fn next_qemu_finds_the_card_as_new() -> Result<()> {
         bench.qemu.process.kill()?;
         server.process.running()?;
     }
-    let heard = server.process.heard(0, "program ");
+    let heard = server.process.heard(0, "the program runs");
     ensure!(heard.len() >= 4, "the programs: {heard:?}");
     Ok(())
 }
