@@ -15,6 +15,8 @@ use crate::wait::{Deadline, LONG, SOON};
 /// What `guest/init` says when it takes commands, and after each.
 const UP: &str = "MUSER-VMM-UP";
 const DONE: &str = "MUSER-VMM-DONE ";
+/// Rounds of a work between one thing that is done to it and the next.
+const ROUNDS_APART: usize = 5;
 /// Lines of its console that a failure shows.
 const TAIL: usize = 25;
 
@@ -99,6 +101,26 @@ impl Linux {
         waited
             .map(drop)
             .with_context(|| format!("waiting for {what}"))
+    }
+
+    /// Runs a command that prints a line a round, and does something to it so many times meanwhile,
+    /// some rounds apart. It must go on as if nothing was.
+    pub(crate) fn work_amid(
+        &mut self,
+        command: &str,
+        times: usize,
+        mut act: impl FnMut() -> Result<()>,
+    ) -> Result<()> {
+        self.run(&format!("{command} >/tmp/work 2>&1 & work=$!"))?;
+        for time in 1..=times {
+            let at_work = format!("[ $(wc -l </tmp/work) -ge {} ]", time * ROUNDS_APART);
+            let rounds = format!("{at_work} || ! kill -0 $work 2>/dev/null");
+            self.wait_for("rounds of work", &rounds)?;
+            self.run("kill -0 $work").context("its end was too early")?;
+            act()?;
+        }
+        let end = "wait $work; status=$?; tail -n 2 /tmp/work; (exit $status)";
+        self.run_for(end, LONG).map(drop)
     }
 
     /// Has it do what it does not come back from.

@@ -35,9 +35,16 @@ pub(crate) struct Server {
 impl Server {
     /// Starts a sample, which says at debug level what it does.
     pub(crate) fn start(program: &str) -> Result<Self> {
+        Self::start_with(program, &[])
+    }
+
+    /// The same, with some `more` options.
+    pub(crate) fn start_with(program: &str, more: &[&str]) -> Result<Self> {
         let path = place::program(program)?.into_os_string();
         Self::run(program, |socket| {
-            vec![path, "-v".into(), "--socket-path".into(), socket.into()]
+            let command = [path, "-v".into(), "--socket-path".into(), socket.into()];
+            let more = more.iter().map(OsString::from);
+            command.into_iter().chain(more).collect()
         })
     }
 
@@ -80,7 +87,8 @@ impl Server {
         let number = line.rsplit(' ').next().unwrap_or_default();
         let program = number.parse().with_context(|| line.clone())?;
         self.killed = place + 1;
-        kill(Pid::from_raw(program), Signal::SIGKILL).with_context(|| format!("cannot kill {line:?}"))
+        kill(Pid::from_raw(program), Signal::SIGKILL)
+            .with_context(|| format!("cannot kill {line:?}"))
     }
 
     /// Where clients connect.

@@ -119,7 +119,7 @@ const GO: u64 = 0x20;
 const SIZE: usize = 0x4000;
 
 /// Has the counter work on memory that is mapped for it anew each time, elsewhere, and takes its
-/// MSI-X interrupt. What was unmapped it must not reach.
+/// MSI-X interrupt. What was unmapped it must not reach. Prints how many interrupts came for nothing.
 pub(crate) fn dma(address: &str, rounds: u64) -> Result<()> {
     let card = Card::open(address)?;
     let device = &card.device;
@@ -134,6 +134,7 @@ pub(crate) fn dma(address: &str, rounds: u64) -> Result<()> {
         device.region_write(VFIO_PCI_BAR0_REGION_INDEX, &1_u32.to_le_bytes(), GO);
     };
     let mut sum = 0;
+    let mut spurious = 0;
     for round in 1..=rounds {
         let iova = 0x100_0000 * (1 + round % 7);
         let memory = Shared::map(&card.container, iova, SIZE)?;
@@ -142,11 +143,16 @@ pub(crate) fn dma(address: &str, rounds: u64) -> Result<()> {
         memory.set(block, round)?;
         memory.set(block + 8, !round)?;
         go(block);
-        let taken = card.interrupted();
-        taken.with_context(|| format!("round {round}, interrupt"))?;
+        loop {
+            let came = card.counts.recv_timeout(PATIENCE);
+            spurious += came.with_context(|| format!("round {round}, interrupt"))?;
+            if memory.get(block + 24)? == !round {
+                spurious -= 1;
+                break;
+            }
+        }
         sum += round;
-        let answer = (memory.get(block + 16)?, memory.get(block + 24)?);
-        ensure!(answer == (sum, !round), "round {round}: {answer:x?}");
+        ensure!(memory.get(block + 16)? == sum, "round {round}: a wrong sum");
         drop(memory);
         go(block);
         ensure!(
@@ -155,5 +161,6 @@ pub(crate) fn dma(address: &str, rounds: u64) -> Result<()> {
         );
         println!("round {round}");
     }
+    println!("{spurious} interrupts came for nothing");
     Ok(())
 }

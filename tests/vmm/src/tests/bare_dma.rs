@@ -19,6 +19,7 @@ topic!("qtest::counter": [
     vectors_write_their_messages,
     masked_vector_is_pending,
     queued_writes_all_arrive,
+    writes_that_nobody_waits_for_keep_their_order,
     doorbell_keeps_what_is_rung,
 ]);
 
@@ -221,6 +222,18 @@ fn queued_writes_all_arrive() -> Result<()> {
         sum += bench.get(lane, VALUE)?;
     }
     equal("the sum of all lanes", sum, 300 * 301 / 2)
+}
+
+/// QEMU waits for no write to memory. Whatever threads take them, a read comes behind them.
+fn writes_that_nobody_waits_for_keep_their_order() -> Result<()> {
+    let server = Server::start_with("counter", &["--threads", "4"])?;
+    let mut bench = Bench::shared(&server)?;
+    for value in 1..=500 {
+        bench.set(0, ADDRESS, value << 32)?;
+        bench.set(0, ADDRESS, value)?;
+        equal("what was written last", bench.get(0, ADDRESS)?, value)?;
+    }
+    Ok(())
 }
 
 fn doorbell_keeps_what_is_rung() -> Result<()> {

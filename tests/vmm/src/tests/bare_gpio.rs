@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The gpio card in a QEMU without a guest.
 
-use anyhow::Result;
+use anyhow::{bail, ensure, Result};
 use serde_json::json;
 
 use super::{equal, topic};
@@ -19,6 +19,7 @@ topic!("qtest::gpio": [
     change_writes_an_msi_to_memory,
     reset_of_the_machine_resets_the_card,
     next_qemu_finds_the_card_as_new,
+    second_qemu_is_turned_away,
     killed_server_leaves_qemu_alive,
     two_cards_keep_apart,
 ]);
@@ -227,6 +228,21 @@ fn next_qemu_finds_the_card_as_new() -> Result<()> {
         server.process.running()?;
     }
     Ok(())
+}
+
+/// A card is one machine's. Who comes while another has it is told so, and the other goes on.
+fn second_qemu_is_turned_away() -> Result<()> {
+    let server = Server::start("gpio")?;
+    let mut bench = Bench::new(&server)?;
+    bench.set(OUT_0_7, 0x55)?;
+    for _ in 0..3 {
+        let Err(error) = Bench::new(&server) else {
+            bail!("two machines have the card");
+        };
+        let error = format!("{error:#}");
+        ensure!(error.contains("vfio-user"), "QEMU did not refuse: {error}");
+    }
+    equal("outputs", bench.get(OUT_0_7)?, 0x55)
 }
 
 /// Without a supervisor a killed server is a card that is pulled: reads are all ones, and QEMU lives.

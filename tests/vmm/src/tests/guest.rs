@@ -209,22 +209,9 @@ fn server_is_killed_while_the_guest_works() -> Result<()> {
     in_guest(|rig| {
         let mut server = Server::supervised("gpio")?;
         plug(&mut rig.linux, &server)?;
-        let work = format!("vmm-guest work {PLUGGED} 8 400 >/tmp/work 2>&1 & work=$!");
-        rig.linux.run(&work)?;
-        for kill in 1..=KILLS {
-            // Some rounds on, so that each kill finds the guest at work.
-            let rounds = format!(
-                "[ $(wc -l </tmp/work) -ge {} ] || ! kill -0 $work",
-                kill * 5
-            );
-            rig.linux.wait_for("rounds of work", &rounds)?;
-            server.kill_program()?;
-        }
-        let patience = LONG + Duration::from_secs(60);
-        let end = "wait $work; status=$?; tail -n 2 /tmp/work; (exit $status)";
-        let last = rig.linux.run_for(end, patience);
-        let last = last.with_context(|| server.process.story())?;
-        ensure!(last.ends_with("round 400"), "the work: {last}");
+        let work = format!("vmm-guest work {PLUGGED} 8 400");
+        let worked = rig.linux.work_amid(&work, KILLS, || server.kill_program());
+        worked.with_context(|| server.process.story())?;
         unplug(&mut rig.linux)
     })
 }
