@@ -4,7 +4,7 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::fs::File;
-use std::io::{ErrorKind, IoSlice, IoSliceMut, Read};
+use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -73,6 +73,11 @@ impl RawClient {
             let fd = self.socket.as_raw_fd();
             sent += sendmsg::<()>(fd, &rest, rights, MsgFlags::MSG_NOSIGNAL, None).unwrap();
         }
+    }
+
+    /// Sends, unless the connection is closed already; tells whether it has.
+    pub(crate) fn try_send(&self, bytes: &[u8]) -> bool {
+        (&self.socket).write_all(bytes).is_ok()
     }
 
     /// Sends a command; tells its id.

@@ -78,7 +78,8 @@ const WAYS: [Way; 7] = [
 ];
 
 /// What takes memory of the client that is in the device's process.
-const IN_PLACE: [&str; 2] = [
+const IN_PLACE: [&str; 3] = [
+    "dma::pages_written_through_slices_are_recorded",
     "dma::slices_write_what_is_asked",
     "dma::slices_for_reading_only_are_not_written",
 ];

@@ -3,6 +3,7 @@
 //! The command line: what a person can ask for, and the manual page for it.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -163,6 +164,63 @@ pub(crate) enum Fuzz {
         #[arg(long, default_value = "debug")]
         kernel: Kernel,
     },
+
+    /// PCI configuration space: any device, any accesses, against a second implementation
+    ///
+    /// Guided by what of the library an input reaches. Ends with the number of
+    /// executions, the edges covered, and the command to repeat it. An input that
+    /// shows a fault is made smaller and kept. Needs a C++ compiler.
+    Config(Search),
+
+    /// A server's stream: a client that says anything, with descriptors of every kind
+    ///
+    /// After each input the server must serve a client that behaves, and have
+    /// nothing left of the other one. Otherwise as config.
+    Server(Search),
+}
+
+/// A part of libmuser that has a fuzz target.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Target {
+    Config,
+    Server,
+}
+
+impl Target {
+    pub(crate) const ALL: [Self; 2] = [Self::Config, Self::Server];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Config => "config",
+            Self::Server => "server",
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What to do with a target of libmuser's.
+#[derive(Debug, Args)]
+pub(crate) struct Search {
+    /// How long
+    #[arg(long, default_value_t = 60)]
+    pub(crate) seconds: u64,
+
+    /// Where the inputs come from; printed, and another one each time if not given
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) seed: Option<u32>,
+
+    /// Run this one input, such as one that has shown a fault
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["seconds", "seed"])]
+    pub(crate) input: Option<PathBuf>,
+
+    /// Put what was found so far into tests/fuzz-targets/corpus, as few inputs as reach the same
+    #[arg(long, conflicts_with_all = ["seconds", "seed", "input"])]
+    pub(crate) keep: bool,
 }
 
 #[derive(Debug, Args)]
@@ -230,6 +288,11 @@ impl Test {
             // Lints have no names to filter by.
             Stage::Check => !self.no_check && self.filter.is_none(),
             Stage::Host => !self.no_host,
+            // One test, of that name.
+            Stage::Fuzz => {
+                let named = |filter: &String| "fuzz".contains(filter.as_str());
+                !self.no_host && self.filter.as_ref().is_none_or(named)
+            }
             Stage::Vmm => !self.no_vmm,
             Stage::Stock => self.kernel.has(Kernel::Stock),
             Stage::Small => self.kernel.has(Kernel::Small),
@@ -245,6 +308,8 @@ pub(crate) enum Stage {
     Check,
     /// What needs no kernel
     Host,
+    /// Half a minute of each fuzz target, where the toolchain has what it takes
+    Fuzz,
     /// QEMU as a client over the socket, without a guest and with one
     Vmm,
     /// The suite in Debian's own kernel
@@ -341,7 +406,7 @@ mod tests {
         assert_eq!(asked(&["--no-check", "--no-host", "--no-vmm"]), kernels);
         assert_eq!(
             asked(&["--kernel", "none"]),
-            [Stage::Check, Stage::Host, Stage::Vmm]
+            [Stage::Check, Stage::Host, Stage::Fuzz, Stage::Vmm]
         );
     }
 

@@ -5,7 +5,7 @@
 //! Reading order: what can be asked for (`cli`), what takes long (`step`,
 //! `cache`), where kernels come from (`root`, `archive`, `kernel`), what is built
 //! for them (`module`, `guest`, `cpio`), how they run (`qemu`, `console`), and what
-//! that proves (`suite`, `vmm`, `fuzzing`, `check`, `libtest`, `report`).
+//! that proves (`suite`, `vmm`, `fuzzing`, `targets`, `check`, `libtest`, `report`).
 
 mod archive;
 mod cache;
@@ -24,6 +24,7 @@ mod report;
 mod root;
 mod step;
 mod suite;
+mod targets;
 mod vmm;
 mod workbench;
 
@@ -33,7 +34,7 @@ use std::time::Duration;
 use anyhow::{bail, Result};
 use clap::Parser as _;
 
-use crate::cli::{Cli, Fuzz, Kernel, Storm, Task};
+use crate::cli::{Cli, Fuzz, Kernel, Search, Storm, Target, Task};
 use crate::guest::{Guest, Programs};
 use crate::kernel::Tree;
 use crate::workbench::Workbench;
@@ -79,6 +80,12 @@ fn run(cli: Cli) -> Result<ExitCode> {
             }
             in_guest(&bench, kernel, &command, Duration::from_secs(seconds))
         }
+        Task::Fuzz {
+            part: Fuzz::Config(search),
+        } => targets::run(&bench, Target::Config, &work(search)).map(code),
+        Task::Fuzz {
+            part: Fuzz::Server(search),
+        } => targets::run(&bench, Target::Server, &work(search)).map(code),
         Task::Check { fix } => {
             let report = check::run(&bench, fix)?;
             report.print();
@@ -113,6 +120,18 @@ fn run(cli: Cli) -> Result<ExitCode> {
             );
             Ok(ExitCode::SUCCESS)
         }
+    }
+}
+
+/// What was asked for of a target.
+fn work(search: Search) -> targets::Work {
+    match search.input {
+        Some(input) => targets::Work::Repeat(input),
+        None if search.keep => targets::Work::Keep,
+        None => targets::Work::Search {
+            seconds: search.seconds,
+            seed: search.seed,
+        },
     }
 }
 

@@ -22,6 +22,7 @@ use crate::kernel::Tree;
 use crate::libtest::Output;
 use crate::qemu;
 use crate::report::Report;
+use crate::targets;
 use crate::vmm;
 use crate::workbench::Workbench;
 
@@ -37,6 +38,9 @@ pub(crate) fn run(bench: &Workbench, asked: &Test) -> Report {
     }
     if asked.wants(Stage::Host) {
         part(&mut report, "host", || host(bench, filter));
+    }
+    if asked.wants(Stage::Fuzz) {
+        part(&mut report, "fuzz", || Ok(targets::suite(bench)));
     }
     let programs = OnceLock::new();
     let programs = || match programs.get() {

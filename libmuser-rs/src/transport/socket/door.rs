@@ -91,6 +91,9 @@ impl Default for ListenOptions {
 #[derive(Debug)]
 pub(super) struct Listener {
     socket: UnixListener,
+    /// Gives room for one descriptor more, when there is none: who can't be let in is turned away,
+    /// rather than making the socket readable for ever.
+    reserve: Mutex<Option<OwnedFd>>,
     /// The socket file, if it is ours to remove.
     _file: Option<SocketFile>,
 }
@@ -136,6 +139,7 @@ impl Listener {
         let (socket, file) = make().map_err(failed)?;
         Ok(Self {
             socket: socket.into(),
+            reserve: Mutex::new(reserve()),
             _file: Some(file),
         })
     }
@@ -148,9 +152,32 @@ impl Listener {
             .map_err(|error| Error::io("taking a listening socket", error))?;
         Ok(Self {
             socket,
+            reserve: Mutex::new(reserve()),
             _file: None,
         })
     }
+}
+
+impl Listener {
+    /// Lets one in, only to close the door behind it.
+    fn turn_away(&self) {
+        let mut held = self.reserve.lock().unwrap_or_else(PoisonError::into_inner);
+        *held = None;
+        let turned_away = self.socket.accept().is_ok();
+        *held = reserve();
+        if turned_away {
+            log::warn!("a client is refused: this process has too many descriptors");
+        }
+    }
+}
+
+/// Whether there are too many descriptors.
+fn has_no_room(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
+fn reserve() -> Option<OwnedFd> {
+    File::open("/dev/null").ok().map(OwnedFd::from)
 }
 
 impl Door for Listener {
@@ -167,6 +194,7 @@ impl Door for Listener {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return Ok(Knock::Nobody)
                 }
+                Err(error) if has_no_room(&error) => self.turn_away(),
                 Err(error) => return Err(Error::io("accepting a client", error)),
             }
         }

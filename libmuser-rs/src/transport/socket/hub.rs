@@ -34,6 +34,8 @@ const PLACES: u16 = RequestId::PLACES as u16;
 const SUPERVISED: u16 = PLACES / 2;
 /// In the numbers of requests that this side gives: a supervisor's are without.
 const OWN: u64 = 1 << 63;
+/// Clients of which the log has the end at its usual level.
+const LOGGED: u64 = 32;
 /// Turns after which it is looked what has happened beside the client's commands.
 const TURNS: u32 = 64;
 
@@ -425,7 +427,16 @@ impl State {
         };
         session.unwatch(&hub.events);
         let reason = session.ended.as_deref().unwrap_or("it has gone");
-        log::info!("client {} is not served any more: {reason}", session.number);
+        // Clients could fill the log by coming and going.
+        let level = match session.number {
+            0..=LOGGED if session.peer.is_some() => log::Level::Info,
+            _ => log::Level::Debug,
+        };
+        log::log!(
+            level,
+            "client {} is not served any more: {reason}",
+            session.number
+        );
         self.irqs.disable_all();
         self.dma.clear();
         self.drop_gates(hub);

@@ -66,6 +66,7 @@ impl State {
         };
         let data = agreed.to_data();
         session.peer = Some(proposed);
+        session.main.receiver.set_descriptors(agreed.fds());
         let payload = [fixed.as_bytes(), data.as_slice()];
         match twin {
             Some((ours, theirs)) => {

@@ -23,6 +23,9 @@ pub(super) const MAX_DATA: usize = DEFAULT_DATA;
 /// Bytes of messages which wait for others to be handled: beyond them nothing more is received.
 pub(super) const MAX_QUEUED: usize = 64 << 20;
 
+/// Descriptors of such messages.
+const MAX_RIDERS: usize = 256;
+
 /// What goes before the messages of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Framing {
@@ -69,6 +72,8 @@ pub(super) struct Session {
     pub(super) peer: Option<Capabilities>,
     queue: VecDeque<(Incoming, Vec<u8>)>,
     queued: usize,
+    /// Descriptors of messages that wait.
+    riders: usize,
     pub(super) exchanges: Exchanges,
     /// Why nothing more is received.
     pub(super) ended: Option<String>,
@@ -214,6 +219,7 @@ impl Session {
             peer: None,
             queue: VecDeque::new(),
             queued: 0,
+            riders: 0,
             exchanges: Exchanges::default(),
             ended: None,
             hung_up: false,
@@ -229,6 +235,7 @@ impl Session {
     ) -> std::result::Result<Option<Incoming>, StreamError> {
         if let Some((incoming, queued)) = self.queue.pop_front() {
             self.queued -= cost(&queued);
+            self.riders -= incoming.descriptors.kept().len();
             *body = queued;
             return Ok(Some(incoming));
         }
@@ -238,18 +245,20 @@ impl Session {
     /// Puts a message back that could not be handled.
     pub(super) fn put_back(&mut self, incoming: Incoming, body: Vec<u8>) {
         self.queued += cost(&body);
+        self.riders += incoming.descriptors.kept().len();
         self.queue.push_front((incoming, body));
     }
 
     /// Puts a message behind those which wait.
     pub(super) fn put_behind(&mut self, incoming: Incoming, body: Vec<u8>) {
         self.queued += cost(&body);
+        self.riders += incoming.descriptors.kept().len();
         self.queue.push_back((incoming, body));
     }
 
     /// Whether so much waits that nothing more is received.
     pub(super) fn is_full(&self) -> bool {
-        self.queued >= MAX_QUEUED
+        self.queued >= MAX_QUEUED || self.riders >= MAX_RIDERS
     }
 
     /// Whether there is a message, or the end, without the socket.
@@ -261,6 +270,7 @@ impl Session {
     pub(super) fn end(&mut self, reason: String) {
         self.queue.clear();
         self.queued = 0;
+        self.riders = 0;
         self.ended.get_or_insert(reason);
     }
 
