@@ -23,6 +23,9 @@ pub(crate) fn card(socket: &Path) -> Value {
     json!({ "driver": "vfio-user-pci", "socket": { "path": socket, "type": "unix" } })
 }
 
+/// A port that a card with I/O ports can be plugged into, by what follows `-device`.
+pub(crate) const PORT: &str = "pcie-root-port,id=port-1,chassis=1,io-reserve=4096";
+
 /// A QEMU that is not started yet.
 #[derive(Debug)]
 pub(crate) struct Setup {
@@ -136,5 +139,35 @@ impl Qemu {
     pub(crate) fn quit(mut self) -> Result<()> {
         self.process.signal(Signal::SIGTERM)?;
         self.process.end().map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the README tells users to run is what runs here.
+    #[test]
+    fn options_are_those_of_the_readme() {
+        let readme = concat!(env!("CARGO_MANIFEST_DIR"), "/../../README.md");
+        let readme = std::fs::read_to_string(readme).unwrap();
+        let setup = Setup::new("readme", "q35").unwrap().shared_memory("1G");
+        let before = setup.command.get_args().count();
+        let setup = setup.device(Path::new("/tmp/gpio.sock"), &[]);
+        let arguments: Vec<_> = setup.command.get_args().collect();
+        let device = arguments[before + 1].to_str().unwrap();
+        for option in [
+            "-machine q35 -m 1G",
+            "-object memory-backend-memfd,id=memory,size=1G,share=on",
+            "-machine memory-backend=memory",
+            &format!("-device '{device}'"),
+            PORT,
+            "muserctl supervise --socket-path",
+        ] {
+            assert!(readme.contains(option), "{option}");
+        }
+        let words = arguments.iter().map(|word| word.to_str().unwrap());
+        let words = words.collect::<Vec<_>>().join(" ");
+        assert!(words.contains("share=on -machine memory-backend=memory -device"));
     }
 }

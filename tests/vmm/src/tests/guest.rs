@@ -11,7 +11,7 @@ use serde_json::json;
 use super::shared::Shared;
 use super::{equal, topic};
 use crate::linux::Linux;
-use crate::qemu::{card, Setup};
+use crate::qemu::{card, Setup, PORT};
 use crate::server::Server;
 use crate::wait::{LONG, SOON};
 
@@ -42,9 +42,7 @@ impl Rig {
         let server = Server::start("gpio")?;
         let setup = Setup::new("guest", "q35")?.shared_memory("512M");
         let setup = setup.device(server.socket(), &[("addr", json!(SLOT))]);
-        // The card has I/O ports, and firmware leaves none to an empty port unless it is told to.
-        let port = "pcie-root-port,id=socket-1,chassis=1,addr=5,io-reserve=4096";
-        let linux = Linux::boot(setup.with("-device", port), "")?;
+        let linux = Linux::boot(setup.with("-device", PORT), "")?;
         let mut rig = Self { linux, server };
         rig.load_driver()?;
         Ok(rig)
@@ -161,7 +159,7 @@ fn resets(rig: &mut Rig, reset: impl FnOnce(&mut Rig) -> Result<()>) -> Result<(
 fn plug(linux: &mut Linux, server: &Server) -> Result<()> {
     let mut device = card(server.socket());
     device["id"] = json!("plugged");
-    device["bus"] = json!("socket-1");
+    device["bus"] = json!("port-1");
     linux.qemu.qmp.execute("device_add", device)?;
     let bound = format!("[ -e /sys/bus/pci/devices/{PLUGGED}/driver ]");
     linux.wait_for("the driver binding to the plugged card", &bound)
