@@ -6,28 +6,48 @@
 //! [interrupts](Client::set_irqs), [memory for the device](Client::dma_map),
 //! [reset](Client::reset).
 //!
-//! ```no_run
-//! use std::os::fd::AsFd;
-//! use libmuser::client::{Client, ClientMemory, IrqAction, IrqData};
-//! use libmuser::DmaAccess;
-//! use nix::sys::eventfd::EventFd;
+//! ```
+//! use std::os::unix::net::UnixStream;
+//! use libmuser::client::{ClientMemory, Options};
+//! use libmuser::transport::SocketTransport;
+//! use libmuser::{Access, Bar, Device, Dma, DmaAccess, PciBuilder, Result, Server};
 //!
-//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let device = Client::connect("/run/counter.sock")?;
+//! /// Adds one to the number whose IOVA is written to it.
+//! struct Adder(Dma);
 //!
-//! // The first two bytes of configuration space are the vendor.
+//! impl Device for Adder {
+//!     fn write(&mut self, _access: Access, iova: u64) -> Result<()> {
+//!         let number: u64 = self.0.read_obj(iova)?;
+//!         self.0.write_obj(iova, number + 1)
+//!     }
+//! }
+//!
+//! # fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
+//! // A server in this process. One that listens is connected to with `Client::connect`.
+//! let (ours, theirs) = UnixStream::pair()?;
+//! let transport = SocketTransport::from_fd(theirs.into())?;
+//! let model = PciBuilder::new(0x1234, 0x5678).bar(0, Bar::memory32(4096)).build()?;
+//! let mut server = Server::new(model, transport, |bus| Ok(Adder(bus.dma())))?;
+//! let serving = std::thread::spawn(move || server.run());
+//!
+//! let device = Options::new().open(ours.into())?;
+//! // The vendor is in configuration space, and so is what allows the device to use memory.
 //! let mut vendor = [0; 2];
 //! device.read(7, 0, &mut vendor)?;
+//! assert_eq!(vendor, [0x34, 0x12]);
+//! device.write(7, 4, &6_u16.to_le_bytes())?;
 //!
-//! // Interrupt 0 of MSI-X writes to an eventfd.
-//! let event = EventFd::new()?;
-//! let events = [Some(event.as_fd())];
-//! device.set_irqs(2, 0, IrqAction::Trigger, IrqData::EventFds(&events))?;
-//!
-//! // A page for the device at IOVA 0x10000.
+//! // A page for the device, with a number in it.
 //! let memory = ClientMemory::new(4096)?;
+//! memory.write(8, &41_u64.to_le_bytes())?;
 //! device.dma_map(0x1_0000, &memory, 0..4096, DmaAccess::ReadWrite)?;
-//! device.write(0, 0x10, &0x1_0000_u64.to_le_bytes())?;
+//! device.write(0, 0, &0x1_0008_u64.to_le_bytes())?;
+//! let mut number = [0; 8];
+//! memory.read(8, &mut number)?;
+//! assert_eq!(u64::from_le_bytes(number), 42);
+//!
+//! drop(device);
+//! serving.join().unwrap()?;
 //! # Ok(())
 //! # }
 //! ```

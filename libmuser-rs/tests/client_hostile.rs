@@ -2,6 +2,8 @@
 //! What a client makes of servers that do not follow the protocol: an error that says so, in time,
 //! and nothing that stays behind.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};

@@ -5,6 +5,8 @@ use muser_uapi::{muser_area, muser_irq_state, muser_query, muser_region, MUSER_Q
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 /// Room for one of the arrays at first; the module says how much there really is.
 const ROOM: usize = 8;
@@ -66,6 +68,25 @@ pub(crate) fn query(node: &File) -> io::Result<Query> {
         }
     }
     Err(io::Error::other("the description does not stop growing"))
+}
+
+/// Has the process of a command be killed when this one ends, in whatever way.
+pub(crate) fn end_with_parent(command: &mut Command) {
+    let parent = std::process::id();
+    let end_with_parent = move || {
+        // SAFETY: prctl takes numbers only here.
+        let result = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // The parent may have ended before.
+        match std::os::unix::process::parent_id() == parent {
+            true => Ok(()),
+            false => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+        }
+    };
+    // SAFETY: between fork and exec, the function makes two system calls and allocates nothing.
+    unsafe { command.pre_exec(end_with_parent) };
 }
 
 /// Bytes of a page of memory.

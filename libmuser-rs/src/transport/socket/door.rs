@@ -89,7 +89,7 @@ impl Default for ListenOptions {
 
 /// A listening socket.
 #[derive(Debug)]
-pub(super) struct Listener {
+pub(crate) struct Listener {
     socket: UnixListener,
     /// Gives room for one descriptor more, when there is none: who can't be let in is turned away,
     /// rather than making the socket readable for ever.
@@ -108,7 +108,7 @@ struct SocketFile {
 
 impl Listener {
     /// Makes a socket file and listens to it. One that nobody listens to any more is replaced.
-    pub(super) fn new(path: &Path, options: ListenOptions) -> Result<Self> {
+    pub(crate) fn new(path: &Path, options: ListenOptions) -> Result<Self> {
         let failed = |error: io::Error| {
             Error::io(format!("listening to the socket {}", path.display()), error)
         };
@@ -145,7 +145,7 @@ impl Listener {
     }
 
     /// A socket which listens already.
-    pub(super) fn from_fd(socket: OwnedFd) -> Result<Self> {
+    pub(crate) fn from_fd(socket: OwnedFd) -> Result<Self> {
         let socket = UnixListener::from(socket);
         socket
             .set_nonblocking(true)
@@ -215,14 +215,14 @@ impl Drop for SocketFile {
 
 /// The one connection that there will be.
 #[derive(Debug)]
-pub(super) struct Single {
+pub(crate) struct Single {
     connection: Mutex<Option<OwnedFd>>,
     /// Readable: who looks finds the connection, or that there is none any more.
     event: nix::sys::eventfd::EventFd,
 }
 
 impl Single {
-    pub(super) fn new(connection: OwnedFd) -> Result<Self> {
+    pub(crate) fn new(connection: OwnedFd) -> Result<Self> {
         use nix::sys::eventfd::{EfdFlags, EventFd};
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let event = EventFd::from_value_and_flags(1, flags)
@@ -252,7 +252,7 @@ impl Door for Single {
 
 /// What a socket is that somebody else has made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Given {
+pub(crate) enum Given {
     /// It listens for clients.
     Listening,
     /// A client is at its other end.
@@ -263,7 +263,7 @@ pub(super) enum Given {
 
 impl Given {
     /// Looks at a descriptor.
-    pub(super) fn of(fd: &OwnedFd) -> Result<Self> {
+    pub(crate) fn of(fd: &OwnedFd) -> Result<Self> {
         let number = fd.as_raw_fd();
         let wrong = |what: &str| {
             let message = format!("descriptor {number} {what}");

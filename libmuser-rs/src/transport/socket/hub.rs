@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -203,6 +203,7 @@ impl Hub {
     pub(super) fn detach(&self) {
         let mut state = self.lock();
         state.detached = true;
+        state.keeper.detach();
         if let Some(session) = state.session.take() {
             session.unwatch(&self.events);
         }
@@ -272,6 +273,10 @@ impl State {
             }
             if flight.closes {
                 self.closing = Closing::No;
+                if let Some(served) = &self.served {
+                    let areas: Vec<_> = served.areas.files().collect();
+                    self.keeper.wound_up(&areas);
+                }
             }
         } else {
             self.due.push_back(id);
@@ -445,7 +450,55 @@ impl State {
         // Who has never said a word has changed nothing.
         if session.peer.is_some() {
             self.closing = Closing::Due;
+        } else {
+            self.keeper.wound_up(&[]);
         }
+    }
+
+    /// The earlier server did not come to an end with winding up its client.
+    pub(super) fn take_over_close(&mut self) {
+        self.closing = Closing::Due;
+    }
+
+    /// Takes over a client of the earlier server's: so many messages come first that set up what that
+    /// one had set up. Nothing of it is for the device.
+    ///
+    /// # Errors
+    ///
+    /// The supervisor has gone, or does not make sense.
+    pub(super) fn take_over(&mut self, hub: &Hub, stream: OwnedFd, count: u32) -> Result<()> {
+        self.sessions += 1;
+        let session = Session::new(self.sessions, stream, self.framing, &hub.events)?;
+        self.session = Some(session);
+        let refused = |message: String| Error::refused(libc::EPROTO, message);
+        let mut data = Vec::new();
+        for _ in 0..count {
+            let incoming = loop {
+                let Some(session) = &mut self.session else {
+                    return Err(refused(
+                        "the session that was to be taken over has ended".into(),
+                    ));
+                };
+                session.flush();
+                match session.next(&mut data) {
+                    Ok(Some(incoming)) => break incoming,
+                    Ok(None) => session
+                        .main
+                        .wait()
+                        .map_err(|error| refused(error.to_string()))?,
+                    Err(error) => return Err(refused(error.to_string())),
+                }
+            };
+            match self.handle(hub, incoming, &mut data)? {
+                Handled::Answered => {}
+                Handled::Taken(_) | Handled::Later => {
+                    return Err(refused(
+                        "what sets a session up is not for the device".into(),
+                    ))
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The reset after a client, ahead of everything of the next one.

@@ -14,7 +14,7 @@ use crate::error::{Errno, Result};
 use crate::vfio_user::capabilities::Capabilities;
 use crate::vfio_user::link::Prefix;
 use crate::vfio_user::stream::{
-    split, Descriptors, Limits, Progress, Receiver, Sender, StreamError,
+    split, wait, Descriptors, Limits, Progress, Ready, Receiver, Sender, StreamError,
 };
 use crate::vfio_user::wire::{max_message, Command, Header, Kind, DEFAULT_DATA, HEADER, MAX_FDS};
 
@@ -144,6 +144,15 @@ impl Channel {
             self.watch = watch;
         }
         Ok(())
+    }
+
+    /// Waits until there is something to receive, or room for what is to be sent.
+    pub(super) fn wait(&self) -> std::result::Result<(), StreamError> {
+        let wanted = Ready {
+            receive: true,
+            send: self.sender.has_backlog(),
+        };
+        wait(self.sender.as_fd(), wanted, None).map(drop)
     }
 
     /// Receives a message, if a whole one is there; its bytes behind the header go to `body`.
@@ -283,6 +292,11 @@ impl Session {
         }
     }
 
+    /// Whether a command is replied to: a supervisor has to know when it has ended.
+    fn answers(&self, to: ReplyTo) -> bool {
+        self.main.framing == Framing::Numbered || !to.is_posted()
+    }
+
     /// Replies, if a reply is wanted.
     pub(super) fn reply(&mut self, to: ReplyTo, payload: &[&[u8]]) {
         self.reply_with(to, payload, &[]);
@@ -290,7 +304,7 @@ impl Session {
 
     /// Replies with descriptors, if a reply is wanted.
     pub(super) fn reply_with(&mut self, to: ReplyTo, payload: &[&[u8]], fds: &[BorrowedFd<'_>]) {
-        if to.header.is_unanswered() {
+        if !self.answers(to) {
             return;
         }
         let header = to.header.reply(Ok(()));
@@ -303,7 +317,7 @@ impl Session {
     pub(super) fn refuse(&mut self, to: ReplyTo, errno: Errno, why: std::fmt::Arguments<'_>) {
         let name = Command::new(to.header.command).map_or("a command", Command::name);
         log::debug!("{name} is refused: {why} ({errno})");
-        if !to.header.is_unanswered() {
+        if self.answers(to) {
             let header = to.header.reply(Err(errno));
             // It is small, and has no descriptors: it fails only with the connection.
             let _ = self.main.send(to.prefix, header, &[], &[]);

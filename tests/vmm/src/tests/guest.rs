@@ -3,8 +3,6 @@
 //!
 //! It is booted once, see [`super::shared`].
 
-use std::time::Duration;
-
 use anyhow::{anyhow, ensure, Context as _, Result};
 use serde_json::json;
 
