@@ -6,13 +6,14 @@ use anyhow::{ensure, Result};
 
 use super::bare_dma::{self, BLOCK, FETCH_ADD, VALUE};
 use super::bare_gpio::{self, CHANGED, IN_0_7, IRQ_CONTROL, IRQ_STATUS, OUT_0_7};
-use super::bare_windows::{self, LARGE, PAGE, REGISTERS};
+use super::bare_windows::{self, DEADLY, LARGE, PAGE, REGISTERS};
 use super::{equal, topic};
 use crate::server::Server;
 
 topic!("qtest::supervised": [
     registers_and_lines_outlive_the_program,
-    adds_are_done_once_while_the_program_is_killed,
+    adds_go_on_while_the_program_is_killed,
+    accesses_that_kill_the_program_are_done_once,
     dma_and_vectors_outlive_the_program,
     mapped_memory_outlives_the_program,
     reset_reaches_the_next_program,
@@ -40,7 +41,7 @@ fn registers_and_lines_outlive_the_program() -> Result<()> {
     Ok(())
 }
 
-fn adds_are_done_once_while_the_program_is_killed() -> Result<()> {
+fn adds_go_on_while_the_program_is_killed() -> Result<()> {
     const KILLS: u64 = 20;
     let mut server = Server::supervised("counter")?;
     let mut bench = bare_dma::Bench::shared(&server)?;
@@ -62,6 +63,27 @@ fn adds_are_done_once_while_the_program_is_killed() -> Result<()> {
             .map_err(|_| anyhow::anyhow!("the killer panicked"))
     })?;
     killed
+}
+
+/// Registers of `device.rs` that kill the program after, or before, they add to a counter. QEMU does
+/// not wait for the one that is written.
+fn accesses_that_kill_the_program_are_done_once() -> Result<()> {
+    const ROUNDS: u64 = 20;
+    let server = Server::supervised("vmm-device")?;
+    let mut bench = bare_windows::Bench::new(&server)?;
+    let [add_and_die, die_and_add, write_and_die, counter] =
+        [0, 4, 8, 12].map(|register| u64::from(DEADLY) + register);
+    for round in 0..ROUNDS {
+        let added = 5 * round;
+        equal("added, died", bench.cpu.read(add_and_die, 4)?, added)?;
+        equal("died, added", bench.cpu.read(die_and_add, 4)?, added + 1)?;
+        bench.cpu.write(write_and_die, 4, 3)?;
+        equal("the counter", bench.cpu.read(counter, 4)?, added + 5)?;
+    }
+    let programs = server.process.heard(0, "the program runs").len();
+    let deaths = usize::try_from(3 * ROUNDS)?;
+    ensure!(programs > deaths, "{programs} programs, {deaths} deaths");
+    Ok(())
 }
 
 fn dma_and_vectors_outlive_the_program() -> Result<()> {

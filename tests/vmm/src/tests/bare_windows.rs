@@ -25,6 +25,7 @@ pub(super) const REGISTERS: u32 = 0xe000_0000;
 pub(super) const PAGE: u64 = 0x1000;
 pub(super) const LARGE: u64 = 0x20_0000_0000;
 const LARGE_SIZE: u64 = 0x1_0000;
+pub(super) const DEADLY: u32 = 0xe000_8000;
 const ROM: u32 = 0xe010_0000;
 const ROM_ENABLE: u32 = 1;
 
@@ -59,6 +60,7 @@ impl Bench {
         card.place(cpu, 0, REGISTERS)?;
         card.place(cpu, 2, 0)?;
         card.place(cpu, 3, u32::try_from(LARGE >> 32)?)?;
+        card.place(cpu, 4, DEADLY)?;
         card.command(cpu, MEMORY | BUS_MASTER)
     }
 
