@@ -2,6 +2,8 @@
 //! When the transport's descriptor is readable: when a turn would find something, and never while it
 //! would not, so that nobody who waits for it turns in circles.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 

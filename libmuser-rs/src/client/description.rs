@@ -3,7 +3,6 @@
 //!
 //! All of it is checked here, so that nothing in a [`Layout`] contradicts itself.
 
-
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::connection::{Answer, Connection};

@@ -43,9 +43,7 @@ impl State {
             return Err(Refusal::new(Errno::EINVAL, why));
         }
         let proposed = Capabilities::parse(version.data)?;
-        // Behind a supervisor, the next server could not have it.
-        let lasts = session.main.framing() == Framing::Plain;
-        let twin = proposed.has_twin_socket() && proposed.fds() > 0 && !to.is_posted() && lasts;
+        let twin = proposed.has_twin_socket() && proposed.fds() > 0 && !to.is_posted();
         let twin = twin.then(UnixStream::pair).transpose();
         let twin = twin.map_err(|error| Refusal::from(Error::from(error)))?;
         let agreed = Capabilities {
@@ -66,7 +64,8 @@ impl State {
         };
         let data = agreed.to_data();
         session.peer = Some(proposed);
-        session.main.receiver.set_descriptors(agreed.fds());
+        session.fds = agreed.fds();
+        session.main.receiver.set_descriptors(session.fds);
         let payload = [fixed.as_bytes(), data.as_slice()];
         match twin {
             Some((ours, theirs)) => {
