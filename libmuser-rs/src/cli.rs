@@ -97,6 +97,21 @@ ends it at once.",
   3  the device or the socket could not be opened or attached to, or can't exist",
     ),
     (
+        "EXAMPLES",
+        "\
+For clients of a group, without a wakeup for each access:
+
+  PROGRAM --socket-path /run/device.sock --socket-mode 0660 --socket-group kvm --busy-poll
+
+At a socket that systemd makes, as the unit of the program has it:
+
+  ExecStart=/usr/bin/PROGRAM --fd systemd
+
+What can this program be, before it is started?
+
+  PROGRAM --print-capabilities | jq '.transports, .compat_versions'",
+    ),
+    (
         "ENVIRONMENT",
         "\
   LISTEN_FDS, LISTEN_PID   what `--fd systemd` checks, see sd_listen_fds(3)",
