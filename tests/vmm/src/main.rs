@@ -2,8 +2,9 @@
 //! `vmm`: tests of devices in QEMU, run by `cargo xtask test` in the build root, which has the QEMU
 //! that users have. The options are those of libtest.
 //!
-//! `qtest` plays the CPU itself, `guest` boots Debian's own kernel. Whatever is waited for has a
-//! deadline ([`wait`]), and whoever waits in vain says for what, and what the programs said.
+//! Tests called `qtest` play the CPU themselves, those called `guest` boot Debian's own kernel.
+//! Whatever is waited for has a deadline ([`wait`]), and whoever waits in vain says for what, and
+//! what the programs said.
 
 #![forbid(unsafe_code)]
 

@@ -2,7 +2,7 @@
 //! Cards whose program is killed and started again by `muserctl supervise`, in a QEMU without a
 //! guest: QEMU, which knows nothing of reconnecting, must not notice.
 
-use anyhow::{ensure, Result};
+use anyhow::{anyhow, ensure, Result};
 
 use super::bare_dma::{self, BLOCK, FETCH_ADD, VALUE};
 use super::bare_gpio::{self, CHANGED, IN_0_7, IRQ_CONTROL, IRQ_STATUS, OUT_0_7};
@@ -45,7 +45,7 @@ fn adds_go_on_while_the_program_is_killed() -> Result<()> {
     const KILLS: u64 = 20;
     let mut server = Server::supervised("counter")?;
     let mut bench = bare_dma::Bench::shared(&server)?;
-    let killed = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let killer = scope.spawn(|| (0..KILLS).try_for_each(|_| server.kill_program()));
         let mut counted = 0;
         // As many again after the last kill.
@@ -58,11 +58,9 @@ fn adds_go_on_while_the_program_is_killed() -> Result<()> {
             }
         }
         equal("the counter", bench.get(3, VALUE)?, counted)?;
-        killer
-            .join()
-            .map_err(|_| anyhow::anyhow!("the killer panicked"))
-    })?;
-    killed
+        let killed = killer.join();
+        killed.map_err(|_| anyhow!("the killer panicked"))?
+    })
 }
 
 /// Registers of `device.rs` that kill the program after, or before, they add to a counter. QEMU does
