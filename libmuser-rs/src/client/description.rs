@@ -43,6 +43,7 @@ pub(super) fn ask(connection: &Connection) -> Result<Layout> {
         description: Description {
             regions: Vec::new(),
             irqs: Vec::new(),
+            io_events: Vec::new(),
         },
         can_reset: device.flags & DeviceInfo::RESET != 0,
         is_pci: device.flags & DeviceInfo::PCI != 0,
