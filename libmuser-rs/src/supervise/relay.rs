@@ -49,10 +49,13 @@ impl Supervisor {
         let (Some(client), Some(program)) = (&mut self.client, &mut self.program) else {
             return;
         };
-        let channels = std::iter::once(&mut client.main).chain(&mut client.twin);
-        for channel in channels {
-            // Whether the client has gone is found by receiving.
-            let _ = channel.sender.flush();
+        // Who has replies that it does not take, and has gone, is not waited for.
+        if let Err(error) = client.main.sender.flush() {
+            return self.end_client(&error.to_string());
+        }
+        if let Some(twin) = &mut client.twin {
+            // Whether that has gone is found by receiving.
+            let _ = twin.sender.flush();
         }
         let Some(stream) = &mut program.stream else {
             return;
