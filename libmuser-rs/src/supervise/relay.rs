@@ -138,7 +138,7 @@ impl Supervisor {
     pub(super) fn give_up_program(&mut self, fault: &str) {
         if self.program.is_some() {
             log::error!("the program is given up: {fault}");
-            self.program_gone();
+            self.drop_program();
         }
     }
 
@@ -153,6 +153,10 @@ impl Supervisor {
             self.take_from_program();
             self.take_from_program_twin();
         }
+        self.drop_program();
+    }
+
+    fn drop_program(&mut self) {
         if self.program.take().is_none() {
             return;
         }
