@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Writes that come by eventfd, as `DEVICE_GET_REGION_IO_FDS` gives them.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use std::fs::File;
 use std::io::Write;
 use std::sync::mpsc::{self, Receiver, Sender};

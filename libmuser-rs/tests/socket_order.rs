@@ -2,6 +2,8 @@
 //! What is in the device at the same time over the socket, and what waits for what; many devices in
 //! one thread.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Barrier, Condvar, Mutex};
 use std::thread;

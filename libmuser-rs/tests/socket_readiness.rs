@@ -2,6 +2,8 @@
 //! When the transport's descriptor is readable: when a turn would find something, and never while it
 //! would not, so that nobody who waits for it turns in circles.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
@@ -190,6 +192,30 @@ fn client_that_has_gone_does_not_show_before_its_accesses_have_ended() {
     assert!(hand.is_readable());
     hand.settle();
     assert_eq!(next.receive().result(), Ok(()));
+}
+
+#[test]
+fn client_that_comes_when_another_one_goes_is_never_turned_away() {
+    let mut hand = Hand::new();
+    for round in 0..130 {
+        let client = hand.client();
+        for _ in 0..round % 64 {
+            assert_eq!(hand.take(), None);
+        }
+        drop(client);
+        let mut next = hand.connect();
+        next.send(Command::Version, &[payload::Version::default().as_bytes()]);
+
+        let reset = hand.expect();
+        hand.reply(reset.token, 0);
+        hand.settle();
+
+        assert_eq!(next.receive().result(), Ok(()), "round {round}");
+        drop(next);
+        let reset = hand.expect();
+        hand.reply(reset.token, 0);
+        hand.settle();
+    }
 }
 
 #[test]
