@@ -277,7 +277,8 @@ fn all_vectors_of_one_message_are_as_many_as_the_kernel_carries() {
         .msix(Msix::new(253).table(1, 0).pba(1, 0x8000))
         .build();
     let server = Listening::start(model.unwrap(), |_| Ok(Recorder::default()));
-    let mut client = server.client();
+    let mut client = server.connect();
+    client.negotiate_with(r#"{"capabilities":{"max_msg_fds":253}}"#);
     let events = events(253);
 
     let set = client.set_irqs(EVENTFD | TRIGGER, (MSIX, 0, 253), &[], &fds(&events));

@@ -64,7 +64,8 @@ impl State {
         };
         let data = agreed.to_data();
         session.peer = Some(proposed);
-        session.main.receiver.set_descriptors(agreed.fds());
+        session.fds = agreed.fds();
+        session.main.receiver.set_descriptors(session.fds);
         let payload = [fixed.as_bytes(), data.as_slice()];
         match twin {
             Some((ours, theirs)) => {

@@ -70,6 +70,8 @@ pub(super) struct Session {
     pub(super) twin: Option<Channel>,
     /// What the client can, once a version is agreed upon.
     pub(super) peer: Option<Capabilities>,
+    /// Descriptors that it may send in one message.
+    pub(super) fds: usize,
     queue: VecDeque<(Incoming, Vec<u8>)>,
     queued: usize,
     /// Descriptors of messages that wait.
@@ -226,6 +228,7 @@ impl Session {
             main: Channel::new(socket, framing, Source::Main, events)?,
             twin: None,
             peer: None,
+            fds: MAX_FDS,
             queue: VecDeque::new(),
             queued: 0,
             riders: 0,
