@@ -112,6 +112,7 @@ mod poller;
 mod region;
 mod server;
 mod state;
+pub mod supervise;
 mod sys;
 pub mod transport;
 #[doc(hidden)]
@@ -131,4 +132,4 @@ pub use poller::{Member, Poller, Served};
 pub use region::{Access, Area, AreaKind, IoEvent, Region, RegionInfo, Width};
 pub use server::{Ended, Moment, Quiesced, Server, SharedServer, Stop};
 pub use state::State;
-pub use transport::{AttachOptions, RequestId};
+pub use transport::{AttachOptions, RequestId, Wait};

@@ -16,7 +16,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 #[cfg(feature = "cli")]
 use std::{
-    os::fd::IntoRawFd,
+    os::fd::{FromRawFd, IntoRawFd, OwnedFd, RawFd},
     sync::atomic::{AtomicBool, AtomicI32, Ordering},
 };
 
@@ -341,14 +341,21 @@ pub(crate) fn is_terminated() -> bool {
     TERMINATED.load(Ordering::SeqCst)
 }
 
-/// A descriptor that this process was started with.
+/// Takes the descriptor of that number, which the process was started with; programs that it starts
+/// don't get it. Of the standard ones a copy is taken, since the process goes on to use them.
 #[cfg(feature = "cli")]
-pub(crate) fn inherit(number: i32) -> Result<std::os::fd::OwnedFd, Errno> {
-    use std::os::fd::FromRawFd;
-    // SAFETY: `fcntl` with this command changes nothing, whatever the number is.
+pub(crate) fn adopt(number: RawFd) -> Result<OwnedFd, Errno> {
+    // SAFETY: `F_GETFD` on a number that is no descriptor is an error, and nothing else.
     Errno::result(unsafe { libc::fcntl(number, libc::F_GETFD) })?;
-    // SAFETY: It is open. Who names it on the command line gives it away.
-    let fd = unsafe { std::os::fd::OwnedFd::from_raw_fd(number) };
+    if number <= libc::STDERR_FILENO {
+        // SAFETY: It is open, as was just seen, and stays so: nobody closes the standard ones.
+        let standard = unsafe { BorrowedFd::borrow_raw(number) };
+        let copy = standard.try_clone_to_owned();
+        return copy.map_err(|_| Errno::EMFILE);
+    }
+    // SAFETY: It is open. Whoever started the process handed it over, so nobody else here has it;
+    // that it is taken once is for the caller to see to, who parses it from the command line.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
     nix::fcntl::fcntl(
         &fd,
         nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC),

@@ -8,6 +8,7 @@
 //! from the ioctls are those of `<linux/vfio.h>`.
 
 pub mod capabilities;
+pub(crate) mod control;
 pub mod link;
 pub(crate) mod stream;
 pub mod wire;

@@ -114,8 +114,8 @@ fn flip(at: usize, bits: u8) -> impl Fn(&Asked, Answer) -> Answer + Send + Clone
 }
 
 fn pipe() -> (File, OwnedFd) {
-    let (reader, writer) = std::io::pipe().unwrap();
-    (File::from(OwnedFd::from(reader)), writer.into())
+    let (reader, writer) = nix::unistd::pipe().unwrap();
+    (File::from(reader), writer)
 }
 
 /// Whether every copy of the pipe's writing end is closed, or will be at once.

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `DEVICE_SET_IRQS` over the socket: every action, with every kind of data.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
@@ -223,7 +225,7 @@ fn what_there_is_not_is_einval() {
     let (mut client, _bus, _server) = start();
     let events = events(2);
     let fds = fds(&events);
-    let (pipe, _writer) = std::io::pipe().unwrap();
+    let (pipe, _writer) = nix::unistd::pipe().unwrap();
     let mut set = |flags, vectors, data: &[u8], fds: &[BorrowedFd<'_>]| {
         client.set_irqs(flags, vectors, data, fds)
     };
@@ -275,7 +277,8 @@ fn all_vectors_of_one_message_are_as_many_as_the_kernel_carries() {
         .msix(Msix::new(253).table(1, 0).pba(1, 0x8000))
         .build();
     let server = Listening::start(model.unwrap(), |_| Ok(Recorder::default()));
-    let mut client = server.client();
+    let mut client = server.connect();
+    client.negotiate_with(r#"{"capabilities":{"max_msg_fds":253}}"#);
     let events = events(253);
 
     let set = client.set_irqs(EVENTFD | TRIGGER, (MSIX, 0, 253), &[], &fds(&events));

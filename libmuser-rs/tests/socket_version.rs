@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The first message, and what two sides agree upon.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use libmuser::vfio_user::capabilities::Capabilities;
 use libmuser::vfio_user::wire::payload;
 use libmuser::vfio_user::wire::request::Version;
@@ -123,6 +125,27 @@ fn second_version_is_an_error_and_the_session_goes_on() {
     let version = payload::Version::default();
 
     let reply = client.call(Command::Version, &[version.as_bytes()]);
+
+    assert_eq!(reply.result(), Err(libc::EINVAL));
+    assert!(client.read(0, 0, 4).is_ok());
+}
+
+#[test]
+fn descriptors_beyond_the_agreed_number_are_refused() {
+    use std::os::fd::AsFd;
+    let server = start();
+    let mut client = server.connect();
+    client.negotiate_with(r#"{"capabilities":{"max_msg_fds":2}}"#);
+    let file = raw::memfd(4096);
+    let map = payload::DmaMap {
+        argsz: 32,
+        flags: 3,
+        offset: 0,
+        address: 0,
+        size: 4096,
+    };
+
+    let reply = client.call_with(Command::DmaMap, &[map.as_bytes()], &[file.as_fd(); 3]);
 
     assert_eq!(reply.result(), Err(libc::EINVAL));
     assert!(client.read(0, 0, 4).is_ok());

@@ -3,8 +3,6 @@
 //!
 //! All of it is checked here, so that nothing in a [`Layout`] contradicts itself.
 
-use std::os::fd::OwnedFd;
-
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::connection::{Answer, Connection};
@@ -45,7 +43,6 @@ pub(super) fn ask(connection: &Connection) -> Result<Layout> {
         description: Description {
             regions: Vec::new(),
             irqs: Vec::new(),
-            io_events: Vec::new(),
         },
         can_reset: device.flags & DeviceInfo::RESET != 0,
         is_pci: device.flags & DeviceInfo::PCI != 0,
@@ -148,7 +145,7 @@ fn region_file(info: &payload::RegionInfo, answer: Answer, writable: bool) -> Op
         log::warn!("region {region} can be mapped, but came without a descriptor");
         return None;
     };
-    match PeerFile::new(OwnedFd::from(file), writable) {
+    match PeerFile::new(file, writable) {
         Ok(file) => Some(RegionFile {
             region,
             file,

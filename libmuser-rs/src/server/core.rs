@@ -12,7 +12,7 @@ use crate::irq::{Interrupts, Shared};
 use crate::memory::SharedMemory;
 use crate::model::PciModel;
 use crate::state::{State, Store};
-use crate::transport::{AttachOptions, Transport};
+use crate::transport::{AttachOptions, Transport, Wait};
 
 use super::gate::Gate;
 
@@ -24,6 +24,7 @@ pub(super) struct Core {
     pub(super) gate: Arc<Gate>,
     pub(super) bus: Bus,
     pub(super) failures: Failures,
+    pub(super) wait: Wait,
     /// What the device panicked with: it is not called again.
     panicked: OnceLock<String>,
 }
@@ -74,6 +75,7 @@ impl Core {
             gate,
             bus,
             failures: Failures::default(),
+            wait: options.wait,
             panicked: OnceLock::new(),
         })
     }

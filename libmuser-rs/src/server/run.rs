@@ -18,7 +18,10 @@ use super::stop::{Moment, Stop};
 use super::Ended;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::transport::{Request, Take};
+use crate::transport::{Request, Take, Wait};
+
+/// How often a thread that polls looks before it lets others have its processor.
+const LOOKS: u32 = 32;
 
 /// One run of a server, by one thread or by several.
 #[derive(Debug)]
@@ -67,7 +70,7 @@ impl<'a> Run<'a> {
             }
             let take = if self.is_over() || self.core.check_panicked().is_err() {
                 Take::Nothing
-            } else if self.stop.is_none() && self.wake.is_none() {
+            } else if self.core.wait == Wait::Block && self.stop.is_none() && self.wake.is_none() {
                 Take::Wait
             } else {
                 Take::Ready
@@ -98,14 +101,39 @@ impl<'a> Run<'a> {
     /// Waits for a request as the leader, and takes it.
     fn lead<D: Device + ?Sized>(&self, worker: &mut Worker<'_, D>) -> Result<Option<Request>> {
         let _leader = self.leader.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.is_over() {
-            return Ok(None);
+        match self.core.wait {
+            Wait::Block => {
+                if self.is_over() {
+                    return Ok(None);
+                }
+                if self.is_stopped()? {
+                    self.end();
+                    return Ok(None);
+                }
+                worker.turn(None, Take::Ready)
+            }
+            Wait::Poll => self.poll(worker),
         }
-        if self.is_stopped()? {
-            self.end();
-            return Ok(None);
+    }
+
+    /// Looks for a request until there is one, or the run is over.
+    fn poll<D: Device + ?Sized>(&self, worker: &mut Worker<'_, D>) -> Result<Option<Request>> {
+        loop {
+            for _ in 0..LOOKS {
+                if self.stop.is_some_and(Stop::is_used) {
+                    self.end();
+                }
+                if self.is_over() || self.core.check_panicked().is_err() {
+                    return Ok(None);
+                }
+                if let Some(request) = worker.turn(None, Take::Ready)? {
+                    return Ok(Some(request));
+                }
+                std::hint::spin_loop();
+            }
+            // Where there are fewer processors than who polls, the client needs one too.
+            std::thread::yield_now();
         }
-        worker.turn(None, Take::Ready)
     }
 
     /// Waits until there is something to do; tells whether that is to stop.

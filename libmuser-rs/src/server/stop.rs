@@ -75,7 +75,8 @@ impl Stop {
     }
 
     /// Whether it was used. Unlike the descriptor, this costs nothing to ask.
-    pub(super) fn is_used(&self) -> bool {
+    #[must_use]
+    pub fn is_used(&self) -> bool {
         #[cfg(feature = "cli")]
         if self.inner.on_termination.load(Ordering::SeqCst) && crate::sys::is_terminated() {
             return true;

@@ -75,7 +75,7 @@ mod tests {
     #[test]
     fn eventfd_is_told_from_other_files() {
         let event = EventFd::from_flags(EfdFlags::empty()).unwrap();
-        let (pipe, _writer) = std::io::pipe().unwrap();
+        let (pipe, _writer) = nix::unistd::pipe().unwrap();
 
         assert_ne!(is_event(event.as_fd()), Some(false));
         assert_ne!(is_event(pipe.as_fd()), Some(true));

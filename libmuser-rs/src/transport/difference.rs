@@ -7,7 +7,7 @@ use crate::region::{Area, Region};
 /// The first part of a description that differs from an earlier one, by its position among its
 /// kind. Where the earlier description goes on, the position is behind the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Difference {
+pub(crate) enum Difference {
     Region(usize),
     /// Counted through all regions.
     Area(usize),
@@ -16,7 +16,7 @@ pub(super) enum Difference {
 
 impl Difference {
     /// How `later` differs from `earlier`.
-    pub(super) fn between(earlier: &Description, later: &Description) -> Option<Self> {
+    pub(crate) fn between(earlier: &Description, later: &Description) -> Option<Self> {
         let regions = |description: &Description| -> Vec<_> {
             let regions = description.regions.iter();
             let told = regions.map(|region| {
@@ -36,7 +36,7 @@ impl Difference {
     }
 
     /// A sentence for the server that gave `later`.
-    pub(super) fn sentence(self, later: &Description) -> String {
+    pub(crate) fn sentence(self, later: &Description) -> String {
         let (name, what) = match self {
             Self::Region(position) => (
                 later

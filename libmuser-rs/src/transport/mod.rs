@@ -27,6 +27,7 @@ pub mod socket;
 
 pub use dma::{Acquired, DirtyLog, DmaAccess, GuestMemory, IovaRange, Piece, RemoteMemory};
 
+pub(crate) use difference::Difference;
 pub use kernel::KernelTransport;
 pub use memory::MemoryTransport;
 pub use socket::{ListenOptions, SocketTransport};
@@ -130,6 +131,8 @@ pub struct AttachOptions {
     pub threads: usize,
     /// Bytes of memory which outlive the server; the [`Server`](crate::Server) sets it.
     pub state_size: usize,
+    /// How the server waits for requests.
+    pub wait: Wait,
     /// What the server makes of that memory: a server with another tag than the first one that is
     /// not 0 is refused. The [`Server`](crate::Server) sets it.
     pub state_tag: u64,
@@ -142,6 +145,7 @@ impl AttachOptions {
         Self {
             standby: false,
             threads: 0,
+            wait: Wait::Block,
             state_size: 0,
             state_tag: 0,
         }
@@ -165,10 +169,28 @@ impl AttachOptions {
     pub const fn threads(self, threads: usize) -> Self {
         Self { threads, ..self }
     }
+
+    /// Says how the server's run loops wait for requests.
+    #[must_use]
+    pub const fn wait(self, wait: Wait) -> Self {
+        Self { wait, ..self }
+    }
+}
+
+/// How a server that [runs](crate::Server::run) waits for a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Wait {
+    /// It sleeps until there is one, at no cost.
+    #[default]
+    Block,
+    /// It looks for one all the time, which saves the time to wake it up, and keeps a processor
+    /// busy. Of several threads one looks; the others sleep until they are needed.
+    Poll,
 }
 
 /// Why a server is refused whose [tag](AttachOptions::state_tag) is not that of the device.
-const STATE_DIFFERS: &str = "its state was left by a program that keeps another number of bytes or \
+pub(crate) const STATE_DIFFERS: &str = "its state was left by a program that keeps another number of bytes or \
     another configuration space, or was built with another version of libmuser; remove it and create \
     it again";
 

@@ -24,8 +24,8 @@
 //!
 //! # The path of a command
 //!
-//! [`door`] lets a client in; [`session`] makes messages of its bytes; [`commands`] answers or makes
-//! a request of a message; [`flight`] is what the device does of it meanwhile, and replies. [`hub`]
+//! `door` lets a client in; `session` makes messages of its bytes; `commands` answers or makes
+//! a request of a message; `flight` is what the device does of it meanwhile, and replies. `hub`
 //! joins them, with the rules of their order.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -40,7 +40,7 @@ use crate::sys::Mapping;
 mod access;
 mod areas;
 mod commands;
-mod door;
+pub(crate) mod door;
 mod events;
 mod features;
 mod flight;
@@ -50,6 +50,7 @@ mod infos;
 mod interrupts;
 mod io_events;
 mod keeper;
+mod link;
 mod mappings;
 mod remote;
 mod session;
@@ -59,6 +60,7 @@ pub use door::ListenOptions;
 use door::{Door, Given, Listener, Single};
 use hub::{Hub, Served};
 use keeper::{Keeper, Nobody};
+use link::Link;
 use session::Framing;
 
 /// Serves clients over a UNIX socket.
@@ -82,7 +84,8 @@ impl SocketTransport {
 
     /// Serves by a socket that somebody else has made: who connects to it, if it listens; else the
     /// client at its other end, and when that has gone the device is
-    /// [removed](Error::is_removed).
+    /// [removed](Error::is_removed). At the other end may be a
+    /// [supervisor](crate::supervise::Supervisor).
     ///
     /// # Errors
     ///
@@ -92,8 +95,8 @@ impl SocketTransport {
             Given::Listening => Box::new(Listener::from_fd(fd)?),
             Given::Connected => Box::new(Single::new(fd)?),
             Given::Supervised => {
-                let message = "a supervisor is at its other end, and this library is without one";
-                return Err(Error::refused(libc::EOPNOTSUPP, message));
+                let link = Link::new(fd);
+                return Self::new(Box::new(link.clone()), Box::new(link), Framing::Numbered);
             }
         };
         Self::new(door, Box::new(Nobody), Framing::Plain)
@@ -113,10 +116,14 @@ impl SocketTransport {
 
 impl Transport for SocketTransport {
     fn attach(&mut self, description: &Description, options: &AttachOptions) -> Result<Attachment> {
-        let mut state = self.hub.lock();
-        let kept = state.keeper.attach(description, options)?;
-        let areas = areas::Areas::new(description, kept.areas, &*state.keeper)?;
+        let mut hub = self.hub.lock();
+        let kept = hub.keeper.attach(description, options)?;
+        let areas = areas::Areas::new(description, kept.areas, &*hub.keeper)?;
         let memory = areas.memory().to_vec();
+        if let Some(state) = kept.state.as_ref().filter(|_| !kept.recovered) {
+            let files: Vec<_> = areas.files().collect();
+            hub.keeper.made(state.as_fd(), &files)?;
+        }
         let outlives = match kept.state {
             Some(file) => {
                 let failed = |errno| Error::io("mapping the state", errno);
@@ -125,14 +132,20 @@ impl Transport for SocketTransport {
             }
             None => None,
         };
-        state.irqs.describe(description);
-        state.served = Some(Served {
+        hub.irqs.describe(description);
+        hub.served = Some(Served {
             description: description.clone(),
             areas,
         });
-        let trigger = Arc::clone(&state.irqs);
-        let dma = Arc::clone(&state.dma);
-        state.update(&self.hub)?;
+        let trigger = Arc::clone(&hub.irqs);
+        let dma = Arc::clone(&hub.dma);
+        if kept.closing {
+            hub.take_over_close();
+        }
+        if let Some((stream, count)) = kept.session {
+            hub.take_over(&self.hub, stream, count)?;
+        }
+        hub.update(&self.hub)?;
         Ok(Attachment {
             state: outlives,
             recovered: kept.recovered,

@@ -98,7 +98,7 @@ impl RawClient {
 
     pub(crate) fn header(&mut self, command: Command) -> Header {
         let id = self.next;
-        self.next += 1;
+        self.next = self.next.wrapping_add(1);
         Header::command(id, command)
     }
 

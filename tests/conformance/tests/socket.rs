@@ -2,16 +2,18 @@
 //! The conformance suite over a socket: this library's client and server, in one process.
 //!
 //! A plain socket ends with its server, so cases in which servers end under the client are skipped
-//! here.
+//! there. Behind a supervisor all are run.
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::thread::JoinHandle;
 
 use libmuser::client::{self, ClientMemory, IrqAction, IrqData, Options};
+use libmuser::supervise::{Links, Supervisor};
 use libmuser::transport::SocketTransport;
-use libmuser::{DmaAccess, SharedMemory};
+use libmuser::{DmaAccess, Ended, SharedMemory, Stop};
 use libtest_mimic::{Arguments, Trial};
 use muser_conformance::{
     cases, run_with, Access, Backend, Case, Client, DmaMemory, Memory, RegionInfo,
@@ -28,6 +30,7 @@ struct Way {
     shared: bool,
     /// Bytes of data in one message.
     data: usize,
+    supervised: bool,
 }
 
 const USUAL: Way = Way {
@@ -36,9 +39,10 @@ const USUAL: Way = Way {
     twin: true,
     shared: true,
     data: 1 << 20,
+    supervised: false,
 };
 
-const WAYS: [Way; 7] = [
+const WAYS: [Way; 12] = [
     USUAL,
     Way {
         name: "@threads",
@@ -75,6 +79,38 @@ const WAYS: [Way; 7] = [
         data: 48,
         ..USUAL
     },
+    Way {
+        name: "@supervised",
+        supervised: true,
+        ..USUAL
+    },
+    Way {
+        name: "@supervised@threads",
+        supervised: true,
+        threads: 4,
+        ..USUAL
+    },
+    Way {
+        name: "@supervised@single_socket",
+        supervised: true,
+        twin: false,
+        threads: 4,
+        ..USUAL
+    },
+    Way {
+        name: "@supervised@messages",
+        supervised: true,
+        shared: false,
+        ..USUAL
+    },
+    Way {
+        name: "@supervised@messages@single_socket",
+        supervised: true,
+        shared: false,
+        twin: false,
+        threads: 4,
+        ..USUAL
+    },
 ];
 
 /// What takes memory of the client that is in the device's process.
@@ -98,7 +134,7 @@ fn trial(case: Case, way: Way) -> Trial {
         run_with(&case, backend, way.threads.max(case.threads))
             .map_err(|error| format!("{error:#}").into())
     });
-    let reason = if case.restarts {
+    let reason = if case.restarts && !way.supervised {
         "skipped: a plain socket ends with its server"
     } else if !way.shared && IN_PLACE.contains(&case.name) {
         "skipped: memory that is reached by messages can't be touched in place"
@@ -112,16 +148,56 @@ struct Socket {
     path: PathBuf,
     _directory: TempDir,
     way: Way,
+    supervising: Option<Supervising>,
 }
 
 impl Socket {
-    fn new(way: Way) -> io::Result<Self> {
+    fn new(way: Way) -> libmuser::Result<Self> {
         let directory = tempfile::tempdir()?;
+        let path = directory.path().join("device.sock");
+        let supervising = match way.supervised {
+            true => Some(Supervising::start(&path)?),
+            false => None,
+        };
         Ok(Self {
-            path: directory.path().join("device.sock"),
+            path,
             _directory: directory,
             way,
+            supervising,
         })
+    }
+}
+
+/// A supervisor in a thread of its own, until it is dropped.
+struct Supervising {
+    links: Links,
+    stop: Stop,
+    thread: Option<JoinHandle<libmuser::Result<Ended>>>,
+}
+
+impl Supervising {
+    fn start(path: &Path) -> libmuser::Result<Self> {
+        let mut supervisor = Supervisor::listen(path, Default::default())?;
+        let (links, stop) = (supervisor.links(), Stop::new()?);
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || supervisor.run_until(&stopped));
+        Ok(Self {
+            links,
+            stop,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Supervising {
+    fn drop(&mut self) {
+        self.stop.stop();
+        if let Some(thread) = self.thread.take() {
+            let ended = thread.join().expect("the supervisor does not panic");
+            if !std::thread::panicking() {
+                ended.expect("the supervisor does not fail");
+            }
+        }
     }
 }
 
@@ -129,7 +205,10 @@ impl Backend for Socket {
     type Transport = SocketTransport;
 
     fn transport(&self) -> libmuser::Result<SocketTransport> {
-        SocketTransport::listen(&self.path, Default::default())
+        match &self.supervising {
+            Some(supervising) => SocketTransport::from_fd(supervising.links.link()?),
+            None => SocketTransport::listen(&self.path, Default::default()),
+        }
     }
 
     fn open(&self) -> io::Result<Box<dyn Client>> {

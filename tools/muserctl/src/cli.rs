@@ -3,54 +3,104 @@
 
 use crate::sysfs::Roots;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use libmuser::cli::manual::{self, Section};
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-const MANUAL: &str = "\
-DEVICES
-  A muser device is a VFIO device whose hardware is a process. `create` makes the device: a VFIO
-  group or character device for the client (a VMM, a userspace driver), and /dev/muser/UUID for the
-  process that serves it. The client finds no hardware (ENXIO) until a process has attached and
-  described the device for the first time; from then on the device outlives the process.
+mod supervise;
 
-  Where a command takes the UUID of a device that is there, the first characters of it will do.
+pub(crate) use supervise::{Supervise, SECTIONS as SUPERVISE};
 
-EXAMPLES
-  Make a device, and serve it with a sample:
-      uuid=$(muserctl create)
-      gpio --uuid $uuid
+/// What the page says beside the options; `--help` ends with it.
+pub(crate) const SECTIONS: &[Section<'_>] = &[
+    (
+        "DEVICES",
+        "\
+A muser device is a VFIO device whose hardware is a process. `create` makes the device: a VFIO
+group or character device for the client (a VMM, a userspace driver), and /dev/muser/UUID for the
+process that serves it. The client finds no hardware (ENXIO) until a process has attached and
+described the device for the first time; from then on the device outlives the process.
 
-  See what is there, and everything about one device:
-      muserctl list
-      muserctl show 83b8
+Where a command takes the UUID of a device that is there, the first characters of it will do.
 
-  Which device has requests that nobody takes?
-      muserctl show --json | jq -r '.devices[] | select(.requests.queued > 0) | .uuid'
+`supervise` needs neither the module nor root: its device is at a vfio-user socket.",
+    ),
+    (
+        "EXAMPLES",
+        "\
+Make a device, and serve it with a sample:
 
-  Let requests wait a minute for a process that restarts:
-      muserctl set 83b8 reattach_timeout_ms=60000
+    uuid=$(muserctl create)
+    gpio --uuid $uuid
 
-  Remove a device, and give its client ten seconds to let go:
-      muserctl remove 83b8 --timeout 10
+See what is there, and everything about one device:
 
-JSON
-  {\"schema\": 1, \"types\": [...]} or {\"schema\": 1, \"devices\": [...]}. Integers are exact, an unknown
-  value is null, and no key is ever left out; new keys may come. tools/muserctl/README.md lists all.
+    muserctl list
+    muserctl show 83b8
 
-FILES
-  /sys/class/mdev_bus/*/mdev_supported_types/muser-*   what `types` reads and `create` writes to
-  /sys/bus/mdev/devices/UUID                           what `list` reads, `remove` and `set` write to
-  /dev/muser/UUID                                      where `list` and `show` get the state from
+Which device has requests that nobody takes?
 
-EXIT STATUS
+    muserctl show --json | jq -r '.devices[] | select(.requests.queued > 0) | .uuid'
+
+Let requests wait a minute for a process that restarts:
+
+    muserctl set 83b8 reattach_timeout_ms=60000
+
+Remove a device, and give its client ten seconds to let go:
+
+    muserctl remove 83b8 --timeout 10
+
+Serve a sample at a socket, and start it again when it dies:
+
+    muserctl supervise --socket-path /tmp/gpio.sock -- gpio",
+    ),
+    (
+        "JSON",
+        "\
+{\"schema\": 1, \"types\": [...]} or {\"schema\": 1, \"devices\": [...]}. Integers are exact, an
+unknown value is null, and no key is ever left out; new keys may come. tools/muserctl/README.md
+lists all.",
+    ),
+    (
+        "EXIT STATUS",
+        "\
   0  done
   1  failed; a sentence on stderr says why
-  2  the command line makes no sense";
+  2  the command line makes no sense
+
+`supervise` has more: see muserctl-supervise(1).",
+    ),
+    (
+        "ENVIRONMENT",
+        "\
+  LISTEN_FDS, LISTEN_PID   for `supervise --fd systemd` only, see sd_listen_fds(3)",
+    ),
+    (
+        "FILES",
+        "\
+  /sys/class/mdev_bus/*/mdev_supported_types/muser-*
+      what `types` reads and `create` writes to
+  /sys/bus/mdev/devices/UUID
+      what `list` reads, `remove` and `set` write to
+  /dev/muser/UUID
+      where `list` and `show` get the state from",
+    ),
+];
+
+/// The end of `--help`.
+fn manual() -> String {
+    manual::help(SECTIONS)
+}
+
+/// The end of `supervise --help`.
+fn supervise_manual() -> String {
+    manual::help(SUPERVISE)
+}
 
 /// Creates, shows and removes muser devices.
 #[derive(Debug, Parser)]
-#[command(name = "muserctl", version, after_long_help = MANUAL, max_term_width = 100)]
+#[command(name = "muserctl", version, after_long_help = manual(), max_term_width = 100)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) roots: RootArgs,
@@ -139,6 +189,21 @@ pub(crate) enum Command {
         /// An attribute and its new value; K, M and G stand for powers of 1024
         #[arg(required = true, value_name = "NAME=VALUE", value_parser = assignment)]
         assignments: Vec<Assignment>,
+    },
+    /// Serves a device at a vfio-user socket by a program that may die, and starts it again
+    ///
+    /// The client, such as a VMM, stays connected and does not notice.
+    #[command(
+        after_long_help = supervise_manual(),
+        max_term_width = 100,
+        override_usage = "muserctl supervise [OPTIONS] <--socket-path PATH|--fd N> -- PROGRAM [ARGS]"
+    )]
+    Supervise(Supervise),
+    /// Prints the manual page, or that of a command
+    #[command(hide = true)]
+    PrintMan {
+        /// The command
+        command: Option<String>,
     },
     /// Gives the files of a device to the user who created it; for the udev rule
     ///

@@ -4,6 +4,9 @@
 //! It is a thin face of what the module shows: sysfs for what exists ([`sysfs`]), the query ioctl
 //! of `/dev/muser/UUID` for the state ([`device`]). It keeps nothing, so mdevctl and libvirt may
 //! manage the same devices.
+//!
+//! [`supervise`] is another matter: a device at a socket, for which muserctl itself is what the
+//! kernel is for the others.
 
 #![deny(unsafe_code)]
 
@@ -13,15 +16,17 @@ mod error;
 mod give;
 mod process;
 mod remove;
+mod supervise;
 #[expect(unsafe_code, reason = "system calls")]
 mod sys;
 mod sysfs;
 mod text;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use cli::{Assignment, Cli, Command};
 use device::{Device, Summary};
 use error::{reason, Error, Result};
+use libmuser::cli::manual;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use std::io::{self, Write};
 use std::path::Path;
@@ -49,6 +54,8 @@ fn main() -> ExitCode {
             set(&roots, &uuid, &assignments).map(|()| String::new())
         }
         Command::Give { path } => give::give(&roots, &path).map(|()| String::new()),
+        Command::Supervise(options) => return supervise::run(&options),
+        Command::PrintMan { command } => page(command.as_deref()),
         Command::WriteRemove { path } => return ExitCode::from(remove::write(&path)),
     };
     match result.and_then(|text| print(&text)) {
@@ -58,6 +65,36 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The manual page of muserctl, or of one of its commands.
+fn page(command: Option<&str>) -> Result<String> {
+    let muserctl = Cli::command();
+    let (command, sections, see_also): (_, &[_], &[_]) = match command {
+        None => (
+            muserctl,
+            cli::SECTIONS,
+            &["muserctl-supervise(1)", "mdevctl(8)"],
+        ),
+        Some(name) => {
+            let found = muserctl.find_subcommand(name).cloned();
+            let found = found.ok_or_else(|| Error::new(format!("there is no command {name}")))?;
+            let found = found
+                .bin_name(format!("muserctl {name}"))
+                .display_name(format!("muserctl-{name}"));
+            match name {
+                "supervise" => (
+                    found,
+                    cli::SUPERVISE,
+                    &["muserctl(1)", "counter(1)", "gpio(1)", "systemd.socket(5)"],
+                ),
+                _ => (found, &[], &["muserctl(1)"]),
+            }
+        }
+    };
+    let page = manual::page(command, sections, see_also);
+    let page = page.map_err(|error| Error::new(reason(&error)))?;
+    Ok(String::from_utf8_lossy(&page).into_owned())
 }
 
 fn types(roots: &Roots, as_json: bool) -> Result<String> {

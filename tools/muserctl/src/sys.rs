@@ -2,9 +2,12 @@
 //! The system calls that the standard library does not have: the only unsafe code of muserctl.
 
 use muser_uapi::{muser_area, muser_irq_state, muser_query, muser_region, MUSER_QUERY};
+use nix::sys::signal::SigSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 /// Room for one of the arrays at first; the module says how much there really is.
 const ROOM: usize = 8;
@@ -66,6 +69,27 @@ pub(crate) fn query(node: &File) -> io::Result<Query> {
         }
     }
     Err(io::Error::other("the description does not stop growing"))
+}
+
+/// Has the process of a command be killed when this one ends, in whatever way, and get all signals,
+/// also those that this one has blocked.
+pub(crate) fn make_child(command: &mut Command) {
+    let parent = std::process::id();
+    let make_child = move || {
+        SigSet::empty().thread_set_mask()?;
+        // SAFETY: prctl takes numbers only here.
+        let result = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // The parent may have ended before.
+        match std::os::unix::process::parent_id() == parent {
+            true => Ok(()),
+            false => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+        }
+    };
+    // SAFETY: between fork and exec, the function makes three system calls and allocates nothing.
+    unsafe { command.pre_exec(make_child) };
 }
 
 /// Bytes of a page of memory.

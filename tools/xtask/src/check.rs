@@ -9,6 +9,7 @@ use anyhow::{bail, Context as _, Result};
 
 use crate::cache::Key;
 use crate::cli::Kernel;
+use crate::host;
 use crate::kernel::Tree;
 use crate::module;
 use crate::report::Report;
@@ -81,6 +82,10 @@ pub(crate) fn run(bench: &Workbench, fix: bool) -> Result<Report> {
         let mut cargo = bench.project.cargo();
         cargo.env("RUSTDOCFLAGS", "-D warnings");
         quiet(cargo.args(["doc", "--no-deps", "--workspace"]))
+    });
+    lint("manual pages", &|| {
+        host::check_pages(bench)?;
+        Ok(End::Passed)
     });
     lint("typos", &|| {
         let mut typos = TYPOS.command(bench)?;

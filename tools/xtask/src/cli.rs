@@ -90,6 +90,14 @@ pub(crate) enum Task {
         fix: bool,
     },
 
+    /// Write the manual pages of muserctl and of the samples
+    ///
+    /// Each program says itself what stands in its page, as in its --help.
+    Man {
+        /// Where to; made if it is not there
+        dir: PathBuf,
+    },
+
     /// Prepare a kernel and print its build directory, the KDIR of a module build
     Kernel {
         /// Which kernel
@@ -230,7 +238,7 @@ pub(crate) struct Search {
     pub(crate) keep: bool,
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct Storm {
     /// How often a process of the device is killed
     #[arg(long, default_value_t = 1000)]
@@ -242,7 +250,8 @@ pub(crate) struct Storm {
     #[arg(long)]
     pub(crate) seed: Option<u64>,
 
-    /// How the clients come to the device: group, cdev or compat
+    /// How the clients come to the device: group, cdev or compat; or socket, over a supervised
+    /// vfio-user socket on this machine, without a guest
     ///
     /// The stock kernel has groups only. Type1 on the debug kernel goes without
     /// DMA, since a lock inversion of its own would turn lockdep off.

@@ -15,6 +15,7 @@ mod console;
 mod cpio;
 mod fuzzing;
 mod guest;
+mod host;
 mod kernel;
 mod libtest;
 mod module;
@@ -38,6 +39,8 @@ use crate::guest::{Guest, Programs};
 use crate::kernel::Tree;
 use crate::workbench::Workbench;
 
+/// The road of a storm that needs no guest.
+const SOCKET: &str = "socket";
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 fn main() -> ExitCode {
@@ -59,6 +62,12 @@ fn run(cli: Cli) -> Result<ExitCode> {
             let report = suite::run(&bench, &asked);
             report.print();
             Ok(code(report.ok()))
+        }
+        Task::Storm(storm) if storm.road == SOCKET => host::storm(&bench, &storm),
+        Task::Man { dir } => {
+            let pages = host::manual_pages(&bench, &dir)?;
+            println!("{pages} pages are in {}.", dir.display());
+            Ok(ExitCode::SUCCESS)
         }
         Task::Storm(storm) => {
             let length = qemu::storm_length(storm.kernel, storm.kills);
@@ -138,7 +147,7 @@ fn work(search: Search) -> targets::Work {
 }
 
 /// The command of tests/e2e that a storm is.
-fn storm_command(storm: &Storm) -> Vec<String> {
+pub(crate) fn storm_command(storm: &Storm) -> Vec<String> {
     let mut command = vec!["storm".to_owned()];
     let mut option = |name: &str, value: String| command.extend([name.to_owned(), value]);
     option("--kills", storm.kills.to_string());

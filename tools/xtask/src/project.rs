@@ -49,6 +49,11 @@ impl Project {
         self.dir.join(path)
     }
 
+    /// Where build output goes.
+    pub(crate) fn target(&self) -> &Path {
+        &self.target
+    }
+
     /// Where xtask's own build output goes.
     pub(crate) fn output(&self) -> PathBuf {
         self.target.join("xtask")

@@ -69,7 +69,7 @@ fn memfd_is_mapped_and_shared() {
 
 #[test]
 fn what_is_no_regular_file_is_refused() {
-    let (reader, writer) = std::io::pipe().unwrap();
+    let (reader, writer) = nix::unistd::pipe().unwrap();
     let (socket, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
     let event = nix::sys::eventfd::EventFd::new().unwrap();
     assert_eq!(refusal(reader, Read), Number::ENODEV);

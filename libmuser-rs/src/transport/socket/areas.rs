@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory of a device's areas: a file for each region that has mappable ones, which clients get.
+//! Memory of a device's areas: a file for each region that has mappable ones, which clients get, and
+//! one for each that has doorbells, which they don't.
 //!
 //! A client maps an area at its offset in the region, so all areas of a region are in one file. It
 //! is as large as the region, has pages only where somebody has touched it, and can't be made larger
@@ -16,7 +17,7 @@ use super::keeper::Keeper;
 use crate::error::{Error, Result};
 use crate::memory::SharedMemory;
 use crate::region::{AreaKind, RegionInfo};
-use crate::sys::Mapping;
+use crate::sys::{page_size, Mapping};
 use crate::transport::{AreaMemory, Description};
 
 /// All areas of a device.
@@ -26,10 +27,11 @@ pub(crate) struct Areas {
     memory: Vec<AreaMemory>,
 }
 
-/// The memory of a region's mappable areas.
+/// The memory of a region's areas of one kind.
 #[derive(Debug)]
 struct RegionFile {
     region: u32,
+    kind: AreaKind,
     file: OwnedFd,
 }
 
@@ -45,20 +47,26 @@ impl Areas {
         kept: Option<Vec<OwnedFd>>,
         keeper: &dyn Keeper,
     ) -> Result<Self> {
-        let mappable = |region: &&RegionInfo| {
-            let mut areas = region.areas.iter();
-            areas.any(|area| area.kind == AreaKind::Mappable)
-        };
-        let regions = || description.regions.iter().filter(mappable);
+        let has = |region: &RegionInfo, kind| region.areas.iter().any(|area| area.kind == kind);
+        let kinds = [AreaKind::Mappable, AreaKind::Doorbell];
+        let regions = description.regions.iter();
+        let wanted = regions.flat_map(|region| {
+            let kinds = kinds.into_iter().filter(move |kind| has(region, *kind));
+            kinds.map(move |kind| (region, kind))
+        });
+        let wanted: Vec<_> = wanted.collect();
         let files = match kept {
-            Some(kept) if kept.len() == regions().count() => kept,
+            Some(kept) if kept.len() == wanted.len() => kept,
             Some(_) => return Err(Error::refused(libc::ESTALE, "other areas were kept for it")),
-            None => regions()
-                .map(|region| keeper.make_file(region.index, region.size))
+            None => wanted
+                .iter()
+                .map(|(region, _)| keeper.make_file(region.index, region.size))
                 .collect::<Result<_>>()?,
         };
-        let files = regions().zip(files).map(|(region, file)| RegionFile {
+        let files = wanted.iter().zip(files);
+        let files = files.map(|((region, kind), file)| RegionFile {
             region: region.index,
+            kind: *kind,
             file,
         });
         let mut areas = Self {
@@ -68,12 +76,19 @@ impl Areas {
         for region in &description.regions {
             for area in &region.areas {
                 let len = usize::try_from(area.size).map_err(|_| failed(Number::ENOMEM))?;
-                let memory = match areas.file(region.index) {
+                let memory = match areas.backing(region.index, area.kind) {
                     Some(file) if area.kind == AreaKind::Mappable => {
                         let mapping = Mapping::new(file, area.offset, len, true);
                         SharedMemory::new(mapping.map_err(failed)?)
                     }
-                    _ => SharedMemory::anonymous(len)?,
+                    // A doorbell may start anywhere in a page.
+                    Some(file) => {
+                        let start = area.offset / page_size() * page_size();
+                        let before = usize::try_from(area.offset - start).unwrap_or(0);
+                        let mapping = Mapping::new(file, start, before.saturating_add(len), true);
+                        SharedMemory::part(mapping.map_err(failed)?, before, len)
+                    }
+                    None => SharedMemory::anonymous(len)?,
                 };
                 let memory = AreaMemory::new(region.index, area, memory);
                 areas.memory.push(memory);
@@ -96,11 +111,16 @@ impl Areas {
 
     /// The file that clients map of a region.
     pub(crate) fn file(&self, region: u32) -> Option<BorrowedFd<'_>> {
-        let file = self.files.iter().find(|file| file.region == region);
+        self.backing(region, AreaKind::Mappable)
+    }
+
+    fn backing(&self, region: u32, kind: AreaKind) -> Option<BorrowedFd<'_>> {
+        let mut files = self.files.iter();
+        let file = files.find(|file| (file.region, file.kind) == (region, kind));
         file.map(|file| file.file.as_fd())
     }
 
-    /// The files, by ascending region.
+    /// All files, in an order that depends on the description only.
     pub(crate) fn files(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.files.iter().map(|file| file.file.as_fd())
     }
@@ -113,7 +133,8 @@ impl Areas {
     /// There is no memory. What could not be made new is zeroes all the same.
     pub(crate) fn renew(&mut self, description: &Description, keeper: &dyn Keeper) -> Result<()> {
         let mut result = Ok(());
-        for file in &mut self.files {
+        let mappable = |file: &&mut RegionFile| file.kind == AreaKind::Mappable;
+        for file in self.files.iter_mut().filter(mappable) {
             let size = description.region(file.region).map_or(0, |info| info.size);
             match keeper.make_file(file.region, size) {
                 Ok(new) => file.file = new,

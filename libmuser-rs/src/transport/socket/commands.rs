@@ -39,6 +39,11 @@ impl From<crate::error::Error> for Refusal {
     }
 }
 
+const EMFILE: Errno = match Errno::new(libc::EMFILE) {
+    Some(errno) => errno,
+    None => Errno::EIO,
+};
+
 /// What is done with a command, as far as that is known before it may be done.
 enum Order {
     /// It may be done at any time.
@@ -120,7 +125,12 @@ impl State {
         }
         let fds = incoming.descriptors;
         let handled = if fds.lost() > 0 {
-            let errno = Errno::new(libc::EMFILE).unwrap_or(Errno::EIO);
+            // Those beyond what was agreed upon; or this process can't have more.
+            let beyond = self
+                .session
+                .as_ref()
+                .is_some_and(|s| fds.kept().len() >= s.fds);
+            let errno = if beyond { Errno::EINVAL } else { EMFILE };
             Err(Refusal::new(errno, format!("it came with {fds}")))
         } else if !fds.is_empty() && !takes_descriptors(command) {
             let why = format!("it came with {fds}, and takes none");

@@ -89,8 +89,11 @@ impl Default for ListenOptions {
 
 /// A listening socket.
 #[derive(Debug)]
-pub(super) struct Listener {
+pub(crate) struct Listener {
     socket: UnixListener,
+    /// Gives room for one descriptor more, when there is none: who can't be let in is turned away,
+    /// rather than making the socket readable for ever.
+    reserve: Mutex<Option<OwnedFd>>,
     /// The socket file, if it is ours to remove.
     _file: Option<SocketFile>,
 }
@@ -105,7 +108,7 @@ struct SocketFile {
 
 impl Listener {
     /// Makes a socket file and listens to it. One that nobody listens to any more is replaced.
-    pub(super) fn new(path: &Path, options: ListenOptions) -> Result<Self> {
+    pub(crate) fn new(path: &Path, options: ListenOptions) -> Result<Self> {
         let failed = |error: io::Error| {
             Error::io(format!("listening to the socket {}", path.display()), error)
         };
@@ -136,21 +139,45 @@ impl Listener {
         let (socket, file) = make().map_err(failed)?;
         Ok(Self {
             socket: socket.into(),
+            reserve: Mutex::new(reserve()),
             _file: Some(file),
         })
     }
 
     /// A socket which listens already.
-    pub(super) fn from_fd(socket: OwnedFd) -> Result<Self> {
+    pub(crate) fn from_fd(socket: OwnedFd) -> Result<Self> {
         let socket = UnixListener::from(socket);
         socket
             .set_nonblocking(true)
             .map_err(|error| Error::io("taking a listening socket", error))?;
         Ok(Self {
             socket,
+            reserve: Mutex::new(reserve()),
             _file: None,
         })
     }
+}
+
+impl Listener {
+    /// Lets one in, only to close the door behind it.
+    fn turn_away(&self) {
+        let mut held = self.reserve.lock().unwrap_or_else(PoisonError::into_inner);
+        *held = None;
+        let turned_away = self.socket.accept().is_ok();
+        *held = reserve();
+        if turned_away {
+            log::warn!("a client is refused: this process has too many descriptors");
+        }
+    }
+}
+
+/// Whether there are too many descriptors.
+fn has_no_room(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
+fn reserve() -> Option<OwnedFd> {
+    File::open("/dev/null").ok().map(OwnedFd::from)
 }
 
 impl Door for Listener {
@@ -167,6 +194,7 @@ impl Door for Listener {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return Ok(Knock::Nobody)
                 }
+                Err(error) if has_no_room(&error) => self.turn_away(),
                 Err(error) => return Err(Error::io("accepting a client", error)),
             }
         }
@@ -187,14 +215,14 @@ impl Drop for SocketFile {
 
 /// The one connection that there will be.
 #[derive(Debug)]
-pub(super) struct Single {
+pub(crate) struct Single {
     connection: Mutex<Option<OwnedFd>>,
     /// Readable: who looks finds the connection, or that there is none any more.
     event: nix::sys::eventfd::EventFd,
 }
 
 impl Single {
-    pub(super) fn new(connection: OwnedFd) -> Result<Self> {
+    pub(crate) fn new(connection: OwnedFd) -> Result<Self> {
         use nix::sys::eventfd::{EfdFlags, EventFd};
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let event = EventFd::from_value_and_flags(1, flags)
@@ -224,7 +252,7 @@ impl Door for Single {
 
 /// What a socket is that somebody else has made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Given {
+pub(crate) enum Given {
     /// It listens for clients.
     Listening,
     /// A client is at its other end.
@@ -235,7 +263,7 @@ pub(super) enum Given {
 
 impl Given {
     /// Looks at a descriptor.
-    pub(super) fn of(fd: &OwnedFd) -> Result<Self> {
+    pub(crate) fn of(fd: &OwnedFd) -> Result<Self> {
         let number = fd.as_raw_fd();
         let wrong = |what: &str| {
             let message = format!("descriptor {number} {what}");

@@ -64,14 +64,6 @@ pub(super) struct Unmap {
     at: usize,
 }
 
-/// How a command begins.
-pub(super) enum Start {
-    /// The device does it, or a part of it.
-    Device(Operation),
-    /// It has ended already.
-    Ended,
-}
-
 impl Flight {
     fn new(id: RequestId, to: Option<ReplyTo>, work: Work, excludes: bool) -> Self {
         Self {

@@ -12,6 +12,9 @@ use crate::vfio_user::link::Prefix;
 /// How many may be there at a time.
 const MOST: usize = 16;
 
+/// Of how many the log tells at its usual level.
+const LOGGED: u32 = 32;
+
 /// Clients who have not been told yet.
 #[derive(Debug, Default)]
 pub(super) struct Guests {
@@ -22,7 +25,11 @@ pub(super) struct Guests {
 impl Guests {
     /// One more has come. Of too many, the one goes who came first.
     pub(super) fn add(&mut self, socket: OwnedFd, events: &Events) {
-        log::warn!("another client is served: a second one is refused");
+        let level = match self.next {
+            0..LOGGED => log::Level::Warn,
+            _ => log::Level::Debug,
+        };
+        log::log!(level, "another client is served: a second one is refused");
         let index = self.next;
         self.next = self.next.wrapping_add(1);
         if self.channels.len() >= MOST {

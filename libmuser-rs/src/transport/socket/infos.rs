@@ -43,7 +43,6 @@ impl State {
             return Err(Refusal::new(Errno::EINVAL, why));
         }
         let proposed = Capabilities::parse(version.data)?;
-        // Nobody else is at the second socket, so there is no harm in a supervisor's not seeing it.
         let twin = proposed.has_twin_socket() && proposed.fds() > 0 && !to.is_posted();
         let twin = twin.then(UnixStream::pair).transpose();
         let twin = twin.map_err(|error| Refusal::from(Error::from(error)))?;
@@ -65,6 +64,8 @@ impl State {
         };
         let data = agreed.to_data();
         session.peer = Some(proposed);
+        session.fds = agreed.fds();
+        session.main.receiver.set_descriptors(session.fds);
         let payload = [fixed.as_bytes(), data.as_slice()];
         match twin {
             Some((ours, theirs)) => {

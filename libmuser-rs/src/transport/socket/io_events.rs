@@ -15,7 +15,7 @@ use super::events::{Source, Watch};
 use super::flight::Flight;
 use super::hub::{Hub, State};
 use super::infos::size_of_u32;
-use super::session::ReplyTo;
+use super::session::{Framing, ReplyTo};
 use crate::error::{Errno, Error};
 use crate::sys::event;
 use crate::transport::{Operation, Request};
@@ -59,8 +59,12 @@ impl State {
         }
         let events = served.description.io_events.iter().enumerate();
         let events = events.filter(|(_, event)| event.region == query.index);
-        // A client that takes fewer writes the others as any register.
-        let most = session.peer.map_or(0, |peer| peer.fds());
+        // A client that takes fewer writes the others as any register. So does one behind a
+        // supervisor, since the next server would not have the eventfds of this one.
+        let most = match session.main.framing() {
+            Framing::Plain => session.peer.map_or(0, |peer| peer.fds()),
+            Framing::Numbered => 0,
+        };
         let events: Vec<_> = events.take(most).collect();
         let count = u32::try_from(events.len()).unwrap_or(u32::MAX);
         let entry = size_of_u32::<payload::IoEventFd>();

@@ -2,7 +2,7 @@
 //! Who keeps what outlives the server: nobody, or a supervisor.
 
 use std::fmt::Debug;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use super::areas::make_file;
 use crate::error::Result;
@@ -23,18 +23,38 @@ pub(crate) trait Keeper: Debug + Send {
     ///
     /// There is no memory.
     fn make_file(&self, region: u32, size: u64) -> Result<OwnedFd>;
+
+    /// Nothing was [kept](Kept), and this is what was made.
+    ///
+    /// # Errors
+    ///
+    /// It can't be kept.
+    fn made(&self, _state: BorrowedFd<'_>, _areas: &[BorrowedFd<'_>]) -> Result<()> {
+        Ok(())
+    }
+
+    /// A client is wound up, and the files of the areas are these from now on; none if the client has
+    /// changed nothing.
+    fn wound_up(&self, _areas: &[BorrowedFd<'_>]) {}
+
+    /// The server is done.
+    fn detach(&self) {}
 }
 
 /// What an earlier server has left.
 #[derive(Debug, Default)]
 pub(crate) struct Kept {
-    /// The files of all regions that have mappable areas, by ascending region. If there are none
-    /// yet, they are [made](Keeper::make_file).
+    /// The files of all areas. If there are none yet, they are made.
     pub(crate) areas: Option<Vec<OwnedFd>>,
     /// The file of the state, as large as it has to be at least.
     pub(crate) state: Option<OwnedFd>,
     /// Whether there was an earlier server.
     pub(crate) recovered: bool,
+    /// Whether that one did not come to an end with winding up a client.
+    pub(crate) closing: bool,
+    /// The connection of a client who is there already, and how many messages come first on it, which
+    /// set up what an earlier server had set up.
+    pub(crate) session: Option<(OwnedFd, u32)>,
 }
 
 /// Nobody keeps anything: each server is the first one.

@@ -22,8 +22,11 @@ use crate::vfio_user::link::Prefix;
 use crate::vfio_user::wire::payload::{self, take};
 use crate::vfio_user::wire::{Command, Header};
 
-/// How long a client may take to reply. The same as QEMU gives a server.
+/// How long a client may take for each [`SHARE`] of what it is asked for, and the rest. The same as
+/// QEMU gives a server for a reply.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// Bytes.
+const SHARE: usize = 1 << 20;
 
 /// All of a client's memory that it has given without a descriptor; offsets are IOVAs.
 #[derive(Debug)]
@@ -46,13 +49,14 @@ impl RemoteMemory for ClientMemory {
     fn read(&self, offset: u64, to: &mut [u8]) -> io::Result<()> {
         let hub = self.hub()?;
         let most = hub.remote_data(self.session)?;
+        let deadline = deadline(to.len());
         let mut address = offset;
         for part in to.chunks_mut(most) {
             let asked = payload::DmaAccess {
                 address,
                 count: part.len() as u64,
             };
-            let reply = hub.exchange(self.session, Command::DmaRead, asked, &[])?;
+            let reply = hub.exchange((self.session, deadline), Command::DmaRead, asked, &[])?;
             let (said, data) = take::<payload::DmaAccess>(&reply).map_err(|_| Number::EPROTO)?;
             if said != asked || data.len() != part.len() {
                 return Err(Number::EPROTO.into());
@@ -66,6 +70,7 @@ impl RemoteMemory for ClientMemory {
     fn write(&self, offset: u64, from: &[u8]) -> io::Result<()> {
         let hub = self.hub()?;
         let most = hub.remote_data(self.session)?;
+        let deadline = deadline(from.len());
         let mut address = offset;
         for part in from.chunks(most) {
             let asked = payload::DmaAccess {
@@ -73,11 +78,19 @@ impl RemoteMemory for ClientMemory {
                 count: part.len() as u64,
             };
             // Clients differ in what their reply has: nothing, or a count of 4 or 8 bytes.
-            hub.exchange(self.session, Command::DmaWrite, asked, part)?;
+            hub.exchange((self.session, deadline), Command::DmaWrite, asked, part)?;
             address = address.wrapping_add(part.len() as u64);
         }
         Ok(())
     }
+}
+
+/// When all of a copy has to be done.
+fn deadline(len: usize) -> Instant {
+    let shares = u32::try_from(len / SHARE).unwrap_or(u32::MAX);
+    let now = Instant::now();
+    let time = TIMEOUT.saturating_mul(shares.saturating_add(1));
+    now.checked_add(time).unwrap_or(now)
 }
 
 /// Commands of this side that the client has not answered, or nobody has looked at the answer.
@@ -174,12 +187,11 @@ impl Hub {
     /// Sends a command to the client and waits for the reply, whose payload is returned.
     fn exchange(
         &self,
-        number: u64,
+        (number, deadline): (u64, Instant),
         command: Command,
         asked: payload::DmaAccess,
         data: &[u8],
     ) -> io::Result<Vec<u8>> {
-        let deadline = Instant::now() + TIMEOUT;
         let mut state = self.lock();
         let session = state.session_of(number).ok_or(Number::ENODEV)?;
         let id = session.exchanges.begin(command)?;
@@ -252,7 +264,7 @@ impl Hub {
             return Some(Err(Number::ENOBUFS.into()));
         }
         if Instant::now() >= deadline {
-            log::warn!("the client has not replied for {TIMEOUT:?} to what the device asks it for");
+            log::warn!("the client does not reply to what the device asks it for");
             session.exchanges.abandon(id);
             return Some(Err(Number::ETIMEDOUT.into()));
         }

@@ -14,7 +14,7 @@ use crate::error::{Errno, Result};
 use crate::vfio_user::capabilities::Capabilities;
 use crate::vfio_user::link::Prefix;
 use crate::vfio_user::stream::{
-    split, Descriptors, Limits, Progress, Receiver, Sender, StreamError,
+    split, wait, Descriptors, Limits, Progress, Ready, Receiver, Sender, StreamError,
 };
 use crate::vfio_user::wire::{max_message, Command, Header, Kind, DEFAULT_DATA, HEADER, MAX_FDS};
 
@@ -22,6 +22,9 @@ use crate::vfio_user::wire::{max_message, Command, Header, Kind, DEFAULT_DATA, H
 pub(super) const MAX_DATA: usize = DEFAULT_DATA;
 /// Bytes of messages which wait for others to be handled: beyond them nothing more is received.
 pub(super) const MAX_QUEUED: usize = 64 << 20;
+
+/// Descriptors of such messages.
+const MAX_RIDERS: usize = 256;
 
 /// What goes before the messages of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,8 +70,12 @@ pub(super) struct Session {
     pub(super) twin: Option<Channel>,
     /// What the client can, once a version is agreed upon.
     pub(super) peer: Option<Capabilities>,
+    /// Descriptors that it may send in one message.
+    pub(super) fds: usize,
     queue: VecDeque<(Incoming, Vec<u8>)>,
     queued: usize,
+    /// Descriptors of messages that wait.
+    riders: usize,
     pub(super) exchanges: Exchanges,
     /// Why nothing more is received.
     pub(super) ended: Option<String>,
@@ -124,6 +131,10 @@ impl Channel {
         })
     }
 
+    pub(super) const fn framing(&self) -> Framing {
+        self.framing
+    }
+
     /// Watches the socket for what it is worth watching.
     pub(super) fn watch(&mut self, receive: bool, events: &Events) -> Result<()> {
         let watch = Watch {
@@ -135,6 +146,15 @@ impl Channel {
             self.watch = watch;
         }
         Ok(())
+    }
+
+    /// Waits until there is something to receive, or room for what is to be sent.
+    pub(super) fn wait(&self) -> std::result::Result<(), StreamError> {
+        let wanted = Ready {
+            receive: true,
+            send: self.sender.has_backlog(),
+        };
+        wait(self.sender.as_fd(), wanted, None).map(drop)
     }
 
     /// Receives a message, if a whole one is there; its bytes behind the header go to `body`.
@@ -208,8 +228,10 @@ impl Session {
             main: Channel::new(socket, framing, Source::Main, events)?,
             twin: None,
             peer: None,
+            fds: MAX_FDS,
             queue: VecDeque::new(),
             queued: 0,
+            riders: 0,
             exchanges: Exchanges::default(),
             ended: None,
             hung_up: false,
@@ -225,6 +247,7 @@ impl Session {
     ) -> std::result::Result<Option<Incoming>, StreamError> {
         if let Some((incoming, queued)) = self.queue.pop_front() {
             self.queued -= cost(&queued);
+            self.riders -= incoming.descriptors.kept().len();
             *body = queued;
             return Ok(Some(incoming));
         }
@@ -234,18 +257,20 @@ impl Session {
     /// Puts a message back that could not be handled.
     pub(super) fn put_back(&mut self, incoming: Incoming, body: Vec<u8>) {
         self.queued += cost(&body);
+        self.riders += incoming.descriptors.kept().len();
         self.queue.push_front((incoming, body));
     }
 
     /// Puts a message behind those which wait.
     pub(super) fn put_behind(&mut self, incoming: Incoming, body: Vec<u8>) {
         self.queued += cost(&body);
+        self.riders += incoming.descriptors.kept().len();
         self.queue.push_back((incoming, body));
     }
 
     /// Whether so much waits that nothing more is received.
     pub(super) fn is_full(&self) -> bool {
-        self.queued >= MAX_QUEUED
+        self.queued >= MAX_QUEUED || self.riders >= MAX_RIDERS
     }
 
     /// Whether there is a message, or the end, without the socket.
@@ -257,6 +282,7 @@ impl Session {
     pub(super) fn end(&mut self, reason: String) {
         self.queue.clear();
         self.queued = 0;
+        self.riders = 0;
         self.ended.get_or_insert(reason);
     }
 
@@ -269,6 +295,11 @@ impl Session {
         }
     }
 
+    /// Whether a command is replied to: a supervisor has to know when it has ended.
+    fn answers(&self, to: ReplyTo) -> bool {
+        self.main.framing == Framing::Numbered || !to.is_posted()
+    }
+
     /// Replies, if a reply is wanted.
     pub(super) fn reply(&mut self, to: ReplyTo, payload: &[&[u8]]) {
         self.reply_with(to, payload, &[]);
@@ -276,7 +307,7 @@ impl Session {
 
     /// Replies with descriptors, if a reply is wanted.
     pub(super) fn reply_with(&mut self, to: ReplyTo, payload: &[&[u8]], fds: &[BorrowedFd<'_>]) {
-        if to.header.is_unanswered() {
+        if !self.answers(to) {
             return;
         }
         let header = to.header.reply(Ok(()));
@@ -289,7 +320,7 @@ impl Session {
     pub(super) fn refuse(&mut self, to: ReplyTo, errno: Errno, why: std::fmt::Arguments<'_>) {
         let name = Command::new(to.header.command).map_or("a command", Command::name);
         log::debug!("{name} is refused: {why} ({errno})");
-        if !to.header.is_unanswered() {
+        if self.answers(to) {
             let header = to.header.reply(Err(errno));
             // It is small, and has no descriptors: it fails only with the connection.
             let _ = self.main.send(to.prefix, header, &[], &[]);

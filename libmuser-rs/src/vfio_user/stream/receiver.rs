@@ -109,12 +109,6 @@ impl Receiver {
         &self.socket
     }
 
-    /// Sets how large messages may be, with their headers. It counts for those which are not
-    /// received yet.
-    pub(crate) fn set_limit(&mut self, message: usize) {
-        self.limits.message = message;
-    }
-
     /// Sets how many descriptors a message may bring.
     pub(crate) fn set_descriptors(&mut self, descriptors: usize) {
         self.limits.descriptors = descriptors;

@@ -67,8 +67,8 @@ fn send_with(socket: &UnixStream, bytes: &[u8], descriptors: &[&OwnedFd]) {
 
 /// Something to send, and what reads the end of file when nobody has it any more.
 fn pipe() -> (File, OwnedFd) {
-    let (reader, writer) = std::io::pipe().unwrap();
-    (File::from(OwnedFd::from(reader)), writer.into())
+    let (reader, writer) = nix::unistd::pipe().unwrap();
+    (File::from(reader), writer)
 }
 
 /// Whether every copy of the pipe's writing end is closed.

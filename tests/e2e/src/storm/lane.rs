@@ -5,12 +5,12 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::port::Port;
 use super::registers::*;
 use super::Ability;
 use crate::check::errno_text;
 use crate::random::Random;
 use crate::sys::{EventFd, Mapping};
-use crate::vfio::Client;
 
 /// What all lanes have done, and what went wrong.
 #[derive(Debug, Default)]
@@ -32,12 +32,11 @@ impl Tally {
 }
 
 /// A lane, its interrupt, and its block in memory that the device can reach.
-#[derive(Debug)]
 pub(super) struct Lane<'a> {
     /// Its number.
     pub(super) number: u32,
     /// The client that all lanes share.
-    pub(super) client: &'a Client,
+    pub(super) client: &'a dyn Port,
     /// What its vector signals.
     pub(super) interrupt: &'a EventFd,
     /// Memory mapped for DMA, where the block is at `BLOCK` times the number.
@@ -143,10 +142,13 @@ impl Lane<'_> {
     /// Rings, and waits until the device has heard it: a ring costs no answer.
     fn bell(&mut self, value: u32) -> io::Result<()> {
         let at = doorbell(self.number);
-        self.client.write_all(LANES, at, &value.to_le_bytes())?;
+        self.client.write(LANES, at, &value.to_le_bytes())?;
         let began = std::time::Instant::now();
         loop {
-            let heard = self.client.read_u32(LANES, register(self.number, BELL))?;
+            let mut heard = [0; 4];
+            let at = register(self.number, BELL);
+            self.client.read(LANES, at, &mut heard)?;
+            let heard = u32::from_le_bytes(heard);
             if heard == value {
                 return Ok(());
             }
@@ -183,12 +185,12 @@ impl Lane<'_> {
 
     fn read_u64(&self, at: u64) -> io::Result<u64> {
         let mut data = [0; 8];
-        data.copy_from_slice(&self.client.read_vec(LANES, register(self.number, at), 8)?);
+        let at = register(self.number, at);
+        self.client.read(LANES, at, &mut data)?;
         Ok(u64::from_le_bytes(data))
     }
 
     fn write(&self, at: u64, data: &[u8]) -> io::Result<()> {
-        self.client
-            .write_all(LANES, register(self.number, at), data)
+        self.client.write(LANES, register(self.number, at), data)
     }
 }

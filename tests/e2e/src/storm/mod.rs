@@ -4,8 +4,10 @@
 
 mod device;
 mod lane;
+mod port;
 mod registers;
 mod restart;
+mod socket;
 pub mod stand_in;
 
 use std::fmt;
@@ -17,11 +19,12 @@ use anyhow::{ensure, Context, Result};
 use self::device::Killer;
 pub use self::device::Program;
 use self::lane::{Lane, Tally};
+use self::port::Port;
 use self::registers::{register, ADDRESS, BLOCK, LANES, LANE_COUNT, VALUE, VECTORS};
 use crate::mdev::{Mdev, Type};
 use crate::node::CONFIG;
 use crate::random::Random;
-use crate::sys::{Mapping, PAGE};
+use crate::sys::{EventFd, Mapping, PAGE};
 use crate::time;
 use crate::vfio::{Client, Road, DMA_BOTH};
 
@@ -41,8 +44,8 @@ pub struct Storm {
     pub kills: u64,
     /// Where the killer's and the clients' choices come from.
     pub seed: u64,
-    /// How the clients come to the device.
-    pub road: Road,
+    /// How the clients come to the device: by the kernel, or over a supervised socket.
+    pub road: Option<Road>,
     /// The device.
     pub program: Program,
     /// How often the time from an attachment to the first answer is measured.
@@ -123,6 +126,54 @@ impl fmt::Display for Outcome {
     }
 }
 
+/// Who starts and ends the device's processes.
+trait Strikes {
+    /// Lets a process live for a while, and ends it.
+    ///
+    /// # Errors
+    ///
+    /// When a process does not come to serve, or ends by itself.
+    fn strike(&mut self) -> Result<()>;
+
+    /// Has a process serve the device.
+    ///
+    /// # Errors
+    ///
+    /// When it does not in time.
+    fn revive(&mut self) -> Result<()>;
+
+    /// What the device and its road can do.
+    fn ability(&self) -> Ability;
+
+    /// SIGKILLs sent.
+    fn kills(&self) -> u64;
+
+    /// Processes that were replaced in peace.
+    fn hand_overs(&self) -> u64;
+}
+
+impl Strikes for Killer<'_> {
+    fn strike(&mut self) -> Result<()> {
+        Killer::strike(self)
+    }
+
+    fn revive(&mut self) -> Result<()> {
+        Killer::revive(self)
+    }
+
+    fn ability(&self) -> Ability {
+        Killer::ability(self)
+    }
+
+    fn kills(&self) -> u64 {
+        self.kills
+    }
+
+    fn hand_overs(&self) -> u64 {
+        self.hand_overs
+    }
+}
+
 impl Storm {
     /// Has the storm, and says what came of it.
     ///
@@ -131,6 +182,9 @@ impl Storm {
     /// When something else went wrong than an operation: the device's program can't be started, or
     /// ends by itself.
     pub fn run(&self) -> Result<Outcome> {
+        let Some(road) = self.road else {
+            return socket::run(self);
+        };
         let mdev = Mdev::create(Type::Pci)?;
         mdev.set_attribute("reattach_timeout_ms", "60000")?;
         let life = Duration::from_millis(15) * time::slowness();
@@ -140,15 +194,16 @@ impl Storm {
             "storm of {} kills on {} over the {}, seed {}: {}",
             self.kills,
             self.program.0,
-            self.road,
+            road,
             self.seed,
             killer.ability()
         );
-        let client = Client::open(&mdev, self.road)
-            .with_context(|| format!("opening the {} client", self.road))?;
+        let client =
+            Client::open(&mdev, road).with_context(|| format!("opening the {road} client"))?;
         client.write_all(CONFIG, COMMAND.0, &COMMAND.1)?;
-        let memory = self.memory(&client, killer.ability())?;
-        let outcome = self.hammer(&client, &mut killer, memory.as_ref())?;
+        let memory = self.memory(&client, road, killer.ability())?;
+        let interrupts = client.enable_irqs(VECTORS, 0, LANE_COUNT)?;
+        let outcome = self.hammer(&client, &interrupts, &mut killer, memory.as_ref())?;
         if outcome.stuck == 0 && self.restarts > 0 {
             restart::measure(&client, &mut killer, self.restarts)?;
         }
@@ -159,11 +214,11 @@ impl Storm {
     }
 
     /// Memory for the lanes' blocks, mapped and made known to them, where the kernel can do that.
-    fn memory(&self, client: &Client, ability: Ability) -> Result<Option<Mapping>> {
+    fn memory(&self, client: &Client, road: Road, ability: Ability) -> Result<Option<Mapping>> {
         if !ability.dma {
             return Ok(None);
         }
-        if let Some(why) = self.road.spoiled_for_dma() {
+        if let Some(why) = road.spoiled_for_dma() {
             // The sample's GO has nothing to do without its block.
             ensure!(
                 self.program.0.starts_with("storm-device"),
@@ -183,12 +238,12 @@ impl Storm {
 
     fn hammer(
         &self,
-        client: &Client,
-        killer: &mut Killer<'_>,
+        client: &dyn Port,
+        interrupts: &[EventFd],
+        killer: &mut dyn Strikes,
         memory: Option<&Mapping>,
     ) -> Result<Outcome> {
         let ability = killer.ability();
-        let interrupts = client.enable_irqs(VECTORS, 0, LANE_COUNT)?;
         let deadline = self.deadline;
         let tally = Tally::default();
         let over = AtomicBool::new(false);
@@ -198,7 +253,7 @@ impl Storm {
         let began = Instant::now();
         let clock = || u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX) + 1;
         std::thread::scope(|scope| {
-            for (number, interrupt) in (0..CLIENTS).zip(&interrupts) {
+            for (number, interrupt) in (0..CLIENTS).zip(interrupts) {
                 let mut lane = Lane {
                     number,
                     client,
@@ -234,8 +289,8 @@ impl Storm {
                     .filter(|&since| since != 0 && now.saturating_sub(since) > limit)
                     .count() as u64
             };
-            let outcome = |killer: &Killer<'_>, stuck: u64| Outcome {
-                kills: killer.kills,
+            let outcome = |killer: &dyn Strikes, stuck: u64| Outcome {
+                kills: killer.kills(),
                 operations: tally.operations.load(Ordering::Relaxed),
                 lost: tally.lost.load(Ordering::Relaxed),
                 doubled: tally.doubled.load(Ordering::Relaxed),
@@ -243,7 +298,7 @@ impl Storm {
             };
             let mut kill = || -> Result<()> {
                 let mut told = Instant::now();
-                while killer.kills < self.kills && stuck(2 * deadline) == 0 {
+                while killer.kills() < self.kills && stuck(2 * deadline) == 0 {
                     killer.strike()?;
                     if told.elapsed() > PROGRESS {
                         told = Instant::now();
@@ -275,7 +330,7 @@ impl Storm {
             println!(
                 "{} s, {} hand-overs",
                 began.elapsed().as_secs(),
-                killer.hand_overs
+                killer.hand_overs()
             );
             ensure!(
                 self.kills == 0 || outcome.operations >= self.kills,

@@ -2,7 +2,7 @@
 //! Processes, threads, signals, credentials, and the module.
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use super::result;
 
@@ -92,6 +92,16 @@ pub fn adopt_orphans() -> io::Result<()> {
 pub fn die_with_parent() -> io::Result<()> {
     // SAFETY: no memory is passed.
     result(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) }).map(drop)
+}
+
+/// Has programs that are started from now on get a descriptor.
+///
+/// # Errors
+///
+/// The errno of fcntl(2).
+pub fn inherit(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: fcntl with F_SETFD takes a number.
+    result(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, 0) }).map(drop)
 }
 
 /// A descriptor that is readable once the process has ended.

@@ -81,7 +81,7 @@ fn storm(road: Road, program: &str) -> Result<()> {
         // A kill costs a debug kernel ten times the time. There are six storms.
         kills: if time::slowness() > 1 { 40 } else { 150 },
         seed: random::seed()?,
-        road,
+        road: Some(road),
         program: Program(program.to_owned()),
         restarts: 0,
         deadline: storm::deadline(),
