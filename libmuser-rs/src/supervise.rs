@@ -431,7 +431,12 @@ impl Supervisor {
         if self.shut || self.closing {
             return false;
         }
-        self.client.is_none() || (self.door.refuses() && self.strangers.len() < MOST_STRANGERS)
+        match &self.client {
+            // Its place is free in a moment.
+            Some(client) if client.has_hung_up() => false,
+            Some(_) => self.door.refuses() && self.strangers.len() < MOST_STRANGERS,
+            None => true,
+        }
     }
 
     fn answer_door(&mut self) {

@@ -8,16 +8,23 @@
 //! The meaning of an input is laid down here ([`Input`]) rather than by a crate, so that what was
 //! committed goes on meaning the same.
 
+pub mod client;
 pub mod config;
+mod descriptors;
 mod input;
 pub mod server;
+mod socket;
 
 pub use input::Input;
 
 /// A target by its name.
 #[must_use]
 pub fn target(name: &str) -> Option<fn(&[u8])> {
-    let all: [(&str, fn(&[u8])); 2] = [("config", config::run), ("server", server::run)];
+    let all: [(&str, fn(&[u8])); 3] = [
+        ("client", client::run),
+        ("config", config::run),
+        ("server", server::run),
+    ];
     let found = all.into_iter().find(|(known, _)| *known == name);
     found.map(|(_, run)| run)
 }

@@ -16,15 +16,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use libmuser::transport::SocketTransport;
 use libmuser::Server;
 
+use crate::descriptors::{self, Kinds};
+use crate::socket::send;
 use crate::Input;
 
 mod client;
-mod descriptors;
 mod device;
 mod message;
 
 use client::Client;
-use descriptors::Kinds;
 use device::Prober;
 
 /// What a hostile client does next.
@@ -159,7 +159,7 @@ impl Hostile {
 
     /// What the socket does not take is not said.
     fn say(&self, bytes: &[u8], descriptors: &[std::os::fd::RawFd]) {
-        let _ = client::send(&self.socket, bytes, descriptors);
+        let _ = send(&self.socket, bytes, descriptors);
     }
 
     fn hang_up(&self) {

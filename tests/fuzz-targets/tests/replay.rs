@@ -40,3 +40,8 @@ fn corpus_of_config_holds() {
 fn corpus_of_server_holds() {
     assert_ne!(replay("server"), 0);
 }
+
+#[test]
+fn corpus_of_client_holds() {
+    assert_ne!(replay("client"), 0);
+}

@@ -179,6 +179,12 @@ pub(crate) enum Fuzz {
     /// shows a fault is made smaller and kept. Needs a C++ compiler.
     Config(Search),
 
+    /// A client's stream: a server that answers anything, with descriptors of every kind
+    ///
+    /// Whatever a client is used for meanwhile must end, with what was asked for
+    /// or an error, and leave nothing in the process. Otherwise as config.
+    Client(Search),
+
     /// A server's stream: a client that says anything, with descriptors of every kind
     ///
     /// After each input the server must serve a client that behaves, and have
@@ -189,15 +195,17 @@ pub(crate) enum Fuzz {
 /// A part of libmuser that has a fuzz target.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Target {
+    Client,
     Config,
     Server,
 }
 
 impl Target {
-    pub(crate) const ALL: [Self; 2] = [Self::Config, Self::Server];
+    pub(crate) const ALL: [Self; 3] = [Self::Client, Self::Config, Self::Server];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
+            Self::Client => "client",
             Self::Config => "config",
             Self::Server => "server",
         }

@@ -92,6 +92,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
             part: Fuzz::Config(search),
         } => targets::run(&bench, Target::Config, &work(search)).map(code),
         Task::Fuzz {
+            part: Fuzz::Client(search),
+        } => targets::run(&bench, Target::Client, &work(search)).map(code),
+        Task::Fuzz {
             part: Fuzz::Server(search),
         } => targets::run(&bench, Target::Server, &work(search)).map(code),
         Task::Check { fix } => {

@@ -2,30 +2,21 @@
 //! A client that behaves, by hand from the specification: what a server must still do for it.
 
 use std::fs::File;
-use std::io::{ErrorKind, IoSlice, Read};
+use std::io::{ErrorKind, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
 
 use nix::sys::memfd::{memfd_create, MFdFlags};
-use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags};
 
 use super::device;
+use crate::socket::send;
 
 /// A connection, and what lets the server work.
 pub(super) struct Client<W> {
     socket: UnixStream,
     work: W,
     id: u16,
-}
-
-/// Sends bytes with descriptors, as far as the socket takes them.
-pub(super) fn send(socket: &UnixStream, bytes: &[u8], fds: &[RawFd]) -> nix::Result<usize> {
-    let rights = [ControlMessage::ScmRights(fds)];
-    let rights: &[_] = if fds.is_empty() { &[] } else { &rights };
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-    let bytes = [IoSlice::new(bytes)];
-    sendmsg::<()>(socket.as_raw_fd(), &bytes, rights, flags, None)
 }
 
 fn message(id: u16, command: u16, payload: &[u8]) -> Vec<u8> {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Descriptors of every kind that a client may hand over.
+//! Descriptors of every kind that a peer may hand over.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -13,18 +13,18 @@ use nix::sys::memfd::{memfd_create, MFdFlags};
 use crate::Input;
 
 /// Bytes of a file of memory.
-pub(super) const SIZE: u64 = 0x4000;
+pub(crate) const SIZE: u64 = 0x4000;
 
-/// One of each, which the hostile client keeps open.
+/// One of each, which the hostile side keeps open.
 #[derive(Debug)]
-pub(super) struct Kinds {
+pub(crate) struct Kinds {
     all: Vec<OwnedFd>,
     /// Those among them that become shorter.
     shrinking: Vec<File>,
 }
 
 impl Kinds {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let plain = memory(SealFlag::empty());
         let shrinking = vec![plain.try_clone().expect("there is room")];
         let (reader, writer) = std::io::pipe().expect("there is room");
@@ -48,7 +48,7 @@ impl Kinds {
     }
 
     /// Some of them, as a rule one or none.
-    pub(super) fn take(&self, input: &mut Input<'_>) -> Vec<RawFd> {
+    pub(crate) fn take(&self, input: &mut Input<'_>) -> Vec<RawFd> {
         let count = match input.below(8) {
             0..=3 => 0,
             4..=6 => 1,
@@ -58,8 +58,18 @@ impl Kinds {
         std::iter::repeat_n((), count).map(one).collect()
     }
 
+    /// Memory that can be mapped.
+    pub(crate) fn memory(&self) -> RawFd {
+        self.all[0].as_raw_fd()
+    }
+
+    /// An eventfd.
+    pub(crate) fn event(&self) -> RawFd {
+        self.all[1].as_raw_fd()
+    }
+
     /// Makes files shorter that may be mapped.
-    pub(super) fn cut(&self) {
+    pub(crate) fn cut(&self) {
         for file in &self.shrinking {
             file.set_len(0x1000).expect("it is a file of memory");
         }
@@ -86,6 +96,6 @@ fn open(path: &str, flags: i32) -> File {
 }
 
 /// How many descriptors this process has.
-pub(super) fn open_count() -> usize {
+pub(crate) fn open_count() -> usize {
     std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count)
 }
