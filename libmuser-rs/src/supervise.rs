@@ -341,9 +341,6 @@ impl Supervisor {
             }
         };
         watch(Source::Links, self.links.inner.event.as_fd(), true, false);
-        if self.wants_door() {
-            watch(Source::Door, self.door.as_fd(), true, false);
-        }
         for (at, stranger) in self.strangers.iter().enumerate() {
             watch(Source::Stranger(at), stranger.as_fd(), true, false);
         }
@@ -373,6 +370,10 @@ impl Supervisor {
             if let Some(twin) = &client.twin {
                 watch(Source::ClientTwin, twin.sender.as_fd(), true, twin_backlog);
             }
+        }
+        // Last: who has gone by now makes room for who has come.
+        if self.wants_door() {
+            watch(Source::Door, self.door.as_fd(), true, false);
         }
         for other in others {
             watch(Source::Other, *other, true, false);

@@ -195,6 +195,30 @@ fn client_that_has_gone_does_not_show_before_its_accesses_have_ended() {
 }
 
 #[test]
+fn client_that_comes_when_another_one_goes_is_never_turned_away() {
+    let mut hand = Hand::new();
+    for round in 0..130 {
+        let client = hand.client();
+        for _ in 0..round % 64 {
+            assert_eq!(hand.take(), None);
+        }
+        drop(client);
+        let mut next = hand.connect();
+        next.send(Command::Version, &[payload::Version::default().as_bytes()]);
+
+        let reset = hand.expect();
+        hand.reply(reset.token, 0);
+        hand.settle();
+
+        assert_eq!(next.receive().result(), Ok(()), "round {round}");
+        drop(next);
+        let reset = hand.expect();
+        hand.reply(reset.token, 0);
+        hand.settle();
+    }
+}
+
+#[test]
 fn client_that_has_gone_behind_a_posted_write_does_not_show() {
     let mut hand = Hand::new();
     let client = {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use libmuser::client::{Client, ClientMemory, IrqAction, IrqData, Options, RegionWrite};
 use libmuser::supervise::{Counters, Links, Supervisor};
-use libmuser::transport::SocketTransport;
+use libmuser::transport::{ListenOptions, SocketTransport};
 use libmuser::{
     Access, Bar, Bus, Device, DmaAccess, Ended, Moment, Msix, PciBuilder, PciModel, Region, Reset,
     Result, Server, State, Stop,
@@ -257,4 +257,35 @@ fn memory_without_a_descriptor_is_reached_through_the_supervisor() {
         second.end();
         supervised.end();
     }
+}
+
+/// A socket file that is gone with its folder.
+fn listening() -> (Supervised, std::path::PathBuf) {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("muser-supervise-{}-{number}", std::process::id());
+    let path = std::env::temp_dir().join(name);
+    let supervisor = Supervisor::listen(&path, ListenOptions::new()).unwrap();
+    (Supervised::new(supervisor), path)
+}
+
+#[test]
+fn server_without_a_client_can_be_stopped_and_replaced() {
+    let (supervised, path) = listening();
+    let first = Life::begin(&supervised.links);
+    let client = Client::connect(&path).unwrap();
+    write(&client, ADD, 1);
+    drop(client);
+    // It is wound up by then.
+    let client = Client::connect(&path).unwrap();
+    assert_eq!(read(&client), 0);
+    drop(client);
+
+    first.end();
+    let second = Life::begin(&supervised.links);
+    assert_eq!(read(&Client::connect(&path).unwrap()), 0);
+    second.end();
+    supervised.end();
+    assert!(!path.exists());
 }

@@ -24,8 +24,8 @@
 //!
 //! # The path of a command
 //!
-//! [`door`] lets a client in; [`session`] makes messages of its bytes; [`commands`] answers or makes
-//! a request of a message; [`flight`] is what the device does of it meanwhile, and replies. [`hub`]
+//! `door` lets a client in; `session` makes messages of its bytes; `commands` answers or makes
+//! a request of a message; `flight` is what the device does of it meanwhile, and replies. `hub`
 //! joins them, with the rules of their order.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -193,7 +193,11 @@ pub(crate) enum Command {
     /// Serves a device at a vfio-user socket by a program that may die, and starts it again
     ///
     /// The client, such as a VMM, stays connected and does not notice.
-    #[command(after_long_help = supervise_manual(), max_term_width = 100)]
+    #[command(
+        after_long_help = supervise_manual(),
+        max_term_width = 100,
+        override_usage = "muserctl supervise [OPTIONS] <--socket-path PATH|--fd N> -- PROGRAM [ARGS]"
+    )]
     Supervise(Supervise),
     /// Prints the manual page, or that of a command
     #[command(hide = true)]

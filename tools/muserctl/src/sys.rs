@@ -2,6 +2,7 @@
 //! The system calls that the standard library does not have: the only unsafe code of muserctl.
 
 use muser_uapi::{muser_area, muser_irq_state, muser_query, muser_region, MUSER_QUERY};
+use nix::sys::signal::SigSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -70,10 +71,12 @@ pub(crate) fn query(node: &File) -> io::Result<Query> {
     Err(io::Error::other("the description does not stop growing"))
 }
 
-/// Has the process of a command be killed when this one ends, in whatever way.
-pub(crate) fn end_with_parent(command: &mut Command) {
+/// Has the process of a command be killed when this one ends, in whatever way, and get all signals,
+/// also those that this one has blocked.
+pub(crate) fn make_child(command: &mut Command) {
     let parent = std::process::id();
-    let end_with_parent = move || {
+    let make_child = move || {
+        SigSet::empty().thread_set_mask()?;
         // SAFETY: prctl takes numbers only here.
         let result = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
         if result < 0 {
@@ -85,8 +88,8 @@ pub(crate) fn end_with_parent(command: &mut Command) {
             false => Err(io::Error::from_raw_os_error(libc::ESRCH)),
         }
     };
-    // SAFETY: between fork and exec, the function makes two system calls and allocates nothing.
-    unsafe { command.pre_exec(end_with_parent) };
+    // SAFETY: between fork and exec, the function makes three system calls and allocates nothing.
+    unsafe { command.pre_exec(make_child) };
 }
 
 /// Bytes of a page of memory.

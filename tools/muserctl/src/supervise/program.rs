@@ -136,7 +136,7 @@ impl Program {
             // They were for this process.
             .env_remove("LISTEN_PID")
             .env_remove("LISTEN_FDS");
-        sys::end_with_parent(&mut command);
+        sys::make_child(&mut command);
         command.spawn().map_err(|error| {
             let program = program.to_string_lossy();
             Error::new(format!("{program} can't be started: {}", reason(&error)))

@@ -10,8 +10,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 pub(super) struct Signals(SignalFd);
 
 impl Signals {
-    /// Takes them from now on. Programs that are started get them as usual: the standard library
-    /// gives each an empty mask.
+    /// Takes them from now on. Programs that are started get them as usual
+    /// ([`make_child`](crate::sys::make_child)).
     pub(super) fn new() -> io::Result<Self> {
         let mut mask = SigSet::empty();
         for signal in [
