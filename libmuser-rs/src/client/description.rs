@@ -41,6 +41,7 @@ pub(super) fn ask(connection: &Connection) -> Result<Layout> {
     let device = device(connection)?;
     let mut layout = Layout {
         description: Description {
+            io_events: Vec::new(),
             regions: Vec::new(),
             irqs: Vec::new(),
             io_events: Vec::new(),

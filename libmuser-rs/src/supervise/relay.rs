@@ -49,10 +49,13 @@ impl Supervisor {
         let (Some(client), Some(program)) = (&mut self.client, &mut self.program) else {
             return;
         };
-        let channels = std::iter::once(&mut client.main).chain(&mut client.twin);
-        for channel in channels {
-            // Whether the client has gone is found by receiving.
-            let _ = channel.sender.flush();
+        // Who has replies that it does not take, and has gone, is not waited for.
+        if let Err(error) = client.main.sender.flush() {
+            return self.end_client(&error.to_string());
+        }
+        if let Some(twin) = &mut client.twin {
+            // Whether that has gone is found by receiving.
+            let _ = twin.sender.flush();
         }
         let Some(stream) = &mut program.stream else {
             return;
@@ -135,7 +138,7 @@ impl Supervisor {
     pub(super) fn give_up_program(&mut self, fault: &str) {
         if self.program.is_some() {
             log::error!("the program is given up: {fault}");
-            self.program_gone();
+            self.drop_program();
         }
     }
 
@@ -150,6 +153,10 @@ impl Supervisor {
             self.take_from_program();
             self.take_from_program_twin();
         }
+        self.drop_program();
+    }
+
+    fn drop_program(&mut self) {
         if self.program.take().is_none() {
             return;
         }

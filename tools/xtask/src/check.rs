@@ -113,6 +113,7 @@ pub(crate) fn run(bench: &Workbench, fix: bool) -> Result<Report> {
                 .current_dir(bench.project.dir()),
         )
     });
+    lint("miri", &|| miri(bench));
     let stock = Tree::prepare(bench, Kernel::Stock);
     let tree = || match &stock {
         Ok(tree) => Ok(tree),
@@ -132,6 +133,51 @@ pub(crate) fn run(bench: &Workbench, fix: bool) -> Result<Report> {
         Ok(End::Passed)
     });
     Ok(report)
+}
+
+/// The tests of libmuser that Miri runs: those of pure logic, which make no mappings and no sockets.
+const PURE: [&str; 12] = [
+    "dma::bus_master",
+    "error::",
+    "hash::",
+    "pci::",
+    "peer_file::",
+    "state::tests",
+    "transport::difference",
+    "transport::dma::dirty",
+    "transport::dma::table::tests",
+    "transport::dma::tests",
+    "vfio_user::capabilities",
+    "vfio_user::wire",
+];
+/// Those among them that take Miri many minutes.
+const LONG: [&str; 2] = ["bits_that_can_be_written", "too_many_mappings"];
+
+/// Runs pure logic in Miri, which finds undefined behaviour, where there is one.
+fn miri(bench: &Workbench) -> Result<End> {
+    // A component of nightly toolchains only.
+    let mut probe = Command::new("cargo");
+    probe.args(["+nightly", "miri", "--version"]);
+    if quiet(&mut probe).is_err() {
+        let why = "there is no Miri: `rustup +nightly component add miri rust-src` installs it";
+        return Ok(End::Skipped(why.to_owned()));
+    }
+    let mut cargo = Command::new("cargo");
+    cargo.current_dir(bench.project.dir());
+    cargo.args(["+nightly", "miri", "test", "--package=libmuser", "--lib"]);
+    cargo
+        .arg("--target-dir")
+        .arg(bench.project.output().join("miri"));
+    cargo.arg("--").args(PURE);
+    cargo.args(LONG.iter().flat_map(|name| ["--skip", name]));
+    // What cargo has set for xtask names another toolchain.
+    for name in ["CARGO", "RUSTC", "RUSTDOC", "RUSTUP_TOOLCHAIN"] {
+        cargo.env_remove(name);
+    }
+    // It is a thousand times slower; and proptest looks for files.
+    cargo.env("PROPTEST_CASES", "2");
+    cargo.env("MIRIFLAGS", "-Zmiri-disable-isolation");
+    quiet(&mut cargo)
 }
 
 /// Runs a program and keeps what it prints for the case that it fails.
