@@ -44,7 +44,6 @@ pub(super) fn ask(connection: &Connection) -> Result<Layout> {
             io_events: Vec::new(),
             regions: Vec::new(),
             irqs: Vec::new(),
-            io_events: Vec::new(),
         },
         can_reset: device.flags & DeviceInfo::RESET != 0,
         is_pci: device.flags & DeviceInfo::PCI != 0,

@@ -104,22 +104,24 @@ impl Linux {
     }
 
     /// Runs a command that prints a line a round, and does something to it so many times meanwhile,
-    /// some rounds apart. It must go on as if nothing was.
+    /// some rounds apart. It must go on as if nothing was, and end well when it is told to.
     pub(crate) fn work_amid(
         &mut self,
         command: &str,
         times: usize,
         mut act: impl FnMut() -> Result<()>,
     ) -> Result<()> {
-        self.run(&format!("{command} >/tmp/work 2>&1 & work=$!"))?;
+        self.run(&format!(
+            "rm -f /tmp/stop; {command} - >/tmp/work 2>&1 & work=$!"
+        ))?;
         for time in 1..=times {
             let at_work = format!("[ $(wc -l </tmp/work) -ge {} ]", time * ROUNDS_APART);
-            let rounds = format!("{at_work} || ! kill -0 $work 2>/dev/null");
-            self.wait_for("rounds of work", &rounds)?;
-            self.run("kill -0 $work").context("its end was too early")?;
+            let goes_on = "kill -0 $work 2>/dev/null";
+            self.wait_for("rounds of work", &format!("{at_work} || ! {goes_on}"))?;
+            self.run(&format!("{goes_on} || {{ tail -n 3 /tmp/work; false; }}"))?;
             act()?;
         }
-        let end = "wait $work; status=$?; tail -n 2 /tmp/work; (exit $status)";
+        let end = "touch /tmp/stop; wait $work; status=$?; tail -n 3 /tmp/work; (exit $status)";
         self.run_for(end, LONG).map(drop)
     }
 

@@ -49,10 +49,10 @@ pub(crate) fn read(address: &str, input: u32, count: u32) -> Result<()> {
     Ok(())
 }
 
-/// Reads an input until it has changed so many times, takes an interrupt for each change, and sets
-/// an output each time. A read that is lost or done twice, and an interrupt that does not come or
+/// Reads an input until it has changed once a round, takes an interrupt for each change, and sets an
+/// output each time. A read that is lost or done twice, and an interrupt that does not come or
 /// comes twice, is an error.
-pub(crate) fn work(address: &str, input: u32, rounds: u32) -> Result<()> {
+pub(crate) fn work(address: &str, input: u32, rounds: impl Iterator<Item = u64>) -> Result<()> {
     let path = find(address)?;
     let mut expected = fall_into_step(&path, input)?;
     // All inputs: the card has one interrupt for them, and regmap-irq hands it to each line, whether
@@ -68,7 +68,7 @@ pub(crate) fn work(address: &str, input: u32, rounds: u32) -> Result<()> {
     let output = output.as_output(Value::Inactive).request()?;
     // Request::read_edge_event() of gpiocdev 0.8.0 loses what is read together with the first.
     let mut edges = inputs.new_edge_event_buffer(lines.len());
-    for round in 1..=rounds {
+    for round in rounds {
         for read in 1..=READS_TO_TOGGLE {
             let value = inputs.value(OUTPUTS + input)?;
             ensure!(

@@ -205,7 +205,7 @@ fn server_is_killed_while_the_guest_works() -> Result<()> {
     in_guest(|rig| {
         let mut server = Server::supervised("gpio")?;
         plug(&mut rig.linux, &server)?;
-        let work = format!("vmm-guest work {PLUGGED} 8 400");
+        let work = format!("vmm-guest work {PLUGGED} 8");
         let worked = rig.linux.work_amid(&work, KILLS, || server.kill_program());
         worked.with_context(|| server.process.story())?;
         unplug(&mut rig.linux)

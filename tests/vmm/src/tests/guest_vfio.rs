@@ -97,7 +97,7 @@ fn dma_goes_where_the_guests_iommu_says() -> Result<()> {
 fn dma_goes_on_while_the_program_is_killed() -> Result<()> {
     const KILLS: usize = 10;
     in_guest(|rig| {
-        let work = format!("vmm-guest dma {SUPERVISED} 150");
+        let work = format!("vmm-guest dma {SUPERVISED}");
         rig.linux
             .work_amid(&work, KILLS, || rig.supervised.kill_program())?;
         Ok(())
