@@ -159,8 +159,9 @@ impl Listener {
 }
 
 impl Listener {
-    /// Lets one in, only to close the door behind it.
-    fn turn_away(&self) {
+    /// Lets one in, only to close the door behind it; tells whether there was one. Without room the
+    /// kernel does not say.
+    fn turn_away(&self) -> bool {
         let mut held = self.reserve.lock().unwrap_or_else(PoisonError::into_inner);
         *held = None;
         let turned_away = self.socket.accept().is_ok();
@@ -168,6 +169,7 @@ impl Listener {
         if turned_away {
             log::warn!("a client is refused: this process has too many descriptors");
         }
+        turned_away
     }
 }
 
@@ -194,7 +196,11 @@ impl Door for Listener {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return Ok(Knock::Nobody)
                 }
-                Err(error) if has_no_room(&error) => self.turn_away(),
+                Err(error) if has_no_room(&error) => {
+                    if !self.turn_away() {
+                        return Ok(Knock::Nobody);
+                    }
+                }
                 Err(error) => return Err(Error::io("accepting a client", error)),
             }
         }
