@@ -331,6 +331,8 @@ impl Supervisor {
     fn wait(&self, timeout: Option<Duration>, others: &[BorrowedFd<'_>]) -> Result<Vec<Source>> {
         let mut sources = Vec::with_capacity(12);
         let mut polled = Vec::with_capacity(12);
+        // What a receiver has buffered does not make its socket readable.
+        let mut buffered = Vec::new();
         let mut watch = |source, fd, receive, send| {
             let mut events = PollFlags::empty();
             events.set(PollFlags::POLLIN, receive);
@@ -358,17 +360,29 @@ impl Supervisor {
                 // What the client does not take is left to the program.
                 let send = stream.wants_to_send();
                 watch(Source::Stream, stream.sender.as_fd(), !backlog, send);
-                if let Some((sender, _)) = &stream.twin {
+                if !backlog && stream.receiver.is_ready() {
+                    buffered.push(Source::Stream);
+                }
+                if let Some((sender, receiver)) = &stream.twin {
                     let send = sender.has_backlog();
                     watch(Source::StreamTwin, sender.as_fd(), !twin_backlog, send);
+                    if !twin_backlog && receiver.is_ready() {
+                        buffered.push(Source::StreamTwin);
+                    }
                 }
             }
         }
         if let Some(client) = &self.client {
             let wanted = client.is_wanted();
             watch(Source::Client, client.main.sender.as_fd(), wanted, backlog);
+            if wanted && client.main.receiver.is_ready() {
+                buffered.push(Source::Client);
+            }
             if let Some(twin) = &client.twin {
                 watch(Source::ClientTwin, twin.sender.as_fd(), true, twin_backlog);
+                if twin.receiver.is_ready() {
+                    buffered.push(Source::ClientTwin);
+                }
             }
         }
         // Last: who has gone by now makes room for who has come.
@@ -385,6 +399,11 @@ impl Supervisor {
             (Some(one), Some(other)) => Some(one.min(other)),
             (one, other) => one.or(other),
         };
+        let left = if buffered.is_empty() {
+            left
+        } else {
+            Some(Duration::ZERO)
+        };
         match poll(&mut polled, to_poll(left)) {
             Ok(_) => {}
             Err(Number::EINTR) => return Ok(Vec::new()),
@@ -392,7 +411,8 @@ impl Supervisor {
         }
         let ready = polled.iter().zip(sources);
         let ready = ready.filter(|(polled, _)| polled.any() == Some(true));
-        Ok(ready.map(|(_, source)| source).collect())
+        buffered.extend(ready.map(|(_, source)| source));
+        Ok(buffered)
     }
 
     /// When something is due that nobody announces.
@@ -411,7 +431,12 @@ impl Supervisor {
         if self.shut || self.closing {
             return false;
         }
-        self.client.is_none() || (self.door.refuses() && self.strangers.len() < MOST_STRANGERS)
+        match &self.client {
+            // Its place is free in a moment.
+            Some(client) if client.has_hung_up() => false,
+            Some(_) => self.door.refuses() && self.strangers.len() < MOST_STRANGERS,
+            None => true,
+        }
     }
 
     fn answer_door(&mut self) {

@@ -87,13 +87,6 @@ impl Life {
         Self { stop, thread }
     }
 
-    /// Dies with the next request.
-    fn dying(links: &Links, moment: Moment) -> Self {
-        let life = Self::begin(links);
-        life.stop.die_at(moment);
-        life
-    }
-
     fn join(self) -> Ended {
         self.thread.join().unwrap().unwrap()
     }
@@ -111,6 +104,15 @@ fn serve(link: OwnedFd, stop: &Stop) -> Result<Ended> {
         Ok(Adder { state, bus })
     };
     Server::new(model(2), transport, adder)?.run_until(stop)
+}
+
+/// Serves again and again, each server dying with its first request.
+fn die_often(links: &Links, times: u32) {
+    for _ in 0..times {
+        let (link, stop) = (links.link().unwrap(), Stop::new().unwrap());
+        stop.die_at(Moment::Taken);
+        assert_eq!(serve(link, &stop).unwrap(), Ended::Abandoned);
+    }
 }
 
 /// A supervisor in a thread of its own.
@@ -288,4 +290,227 @@ fn server_without_a_client_can_be_stopped_and_replaced() {
     second.end();
     supervised.end();
     assert!(!path.exists());
+}
+
+#[test]
+fn several_and_posted_writes_are_done_once_each_and_in_order() {
+    let (supervised, socket) = Supervised::connected();
+    let first = Life::begin(&supervised.links);
+    let client = Options::new().open(socket).unwrap();
+    assert!(client.has_write_multi());
+    let data = 1_u64.to_le_bytes();
+    let one = RegionWrite {
+        region: 0,
+        offset: ADD,
+        data: &data,
+    };
+    client.write_multi(&[one; 40]).unwrap();
+    assert_eq!(read(&client), 40);
+
+    first.stop.die_at(Moment::Replying);
+    for _ in 0..10 {
+        client.write_posted(0, ADD, &data).unwrap();
+    }
+    assert_eq!(first.join(), Ended::Abandoned);
+    let links = supervised.links.clone();
+    let second = thread::spawn(move || {
+        die_often(&links, 3);
+        Life::begin(&links)
+    });
+    client.write_multi(&[one; 300]).unwrap();
+
+    assert_eq!(read(&client), 350);
+    second.join().unwrap().end();
+    supervised.end();
+}
+
+#[test]
+fn request_that_ends_its_servers_is_refused_and_the_next_is_not() {
+    let (supervised, socket) = Supervised::connected();
+    let first = Life::begin(&supervised.links);
+    let client = Options::new().open(socket).unwrap();
+    first.end();
+
+    let links = supervised.links.clone();
+    let servers = thread::spawn(move || {
+        die_often(&links, 64);
+        Life::begin(&links)
+    });
+    let refused = client.write(0, ADD, &[1; 8]).unwrap_err();
+
+    assert_eq!(refused.errno().number(), libc::EIO);
+    let last = servers.join().unwrap();
+    write(&client, ADD, 4);
+    assert_eq!(read(&client), 4);
+    last.end();
+    supervised.end();
+}
+
+#[test]
+fn request_that_nobody_answers_fails_in_time_and_the_session_goes_on() {
+    let (own, other) = UnixStream::pair().unwrap();
+    let mut supervisor = Supervisor::from_fd(own.into()).unwrap();
+    supervisor.set_reattach_timeout(Duration::from_millis(50));
+    let supervised = Supervised::new(supervisor);
+    let first = Life::begin(&supervised.links);
+    let client = Options::new().open(other.into()).unwrap();
+    write(&client, ADD, 3);
+    first.end();
+
+    let began = Instant::now();
+    let refused = client.write(0, ADD, &[1; 8]).unwrap_err();
+
+    assert_eq!(refused.errno().number(), libc::ETIMEDOUT);
+    assert!(began.elapsed() >= Duration::from_millis(50));
+    let second = Life::begin(&supervised.links);
+    // It may take longer to attach than requests wait.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut bytes = [0; 8];
+    while client.read(0, ADD, &mut bytes).is_err() {
+        assert!(Instant::now() < deadline);
+    }
+    assert_eq!(u64::from_le_bytes(bytes), 3);
+    second.end();
+    assert!(supervised.end().timeouts >= 1);
+}
+
+#[test]
+fn server_of_another_device_is_refused_and_the_next_right_one_is_not() {
+    let (supervised, socket) = Supervised::connected();
+    let first = Life::begin(&supervised.links);
+    let client = Options::new().open(socket).unwrap();
+    write(&client, ADD, 3);
+    first.end();
+
+    let transport = SocketTransport::from_fd(supervised.links.link().unwrap()).unwrap();
+    struct Null;
+    impl Device for Null {}
+    let other = PciBuilder::new(1, 2).bar(0, Bar::memory32(0x2000)).build();
+    let refused = Server::new(other.unwrap(), transport, |_| Ok(Null)).unwrap_err();
+
+    assert!(refused.is_refused(), "{refused}");
+    assert_eq!(refused.errno().number(), libc::ESTALE);
+    assert!(refused.to_string().contains("BAR 0"), "{refused}");
+    let second = Life::begin(&supervised.links);
+    let transport = SocketTransport::from_fd(supervised.links.link().unwrap()).unwrap();
+    assert_eq!(read(&client), 3);
+    let busy = Server::new(model(2), transport, |_| Ok(Null)).unwrap_err();
+    assert!(busy.is_busy(), "{busy}");
+    second.end();
+    supervised.end();
+}
+
+#[test]
+fn client_that_goes_while_no_server_is_there_is_wound_up_by_the_next() {
+    let (supervised, path) = listening();
+    let first = Life::begin(&supervised.links);
+    let client = Client::connect(&path).unwrap();
+    write(&client, ADD, 3);
+    first.end();
+    drop(client);
+
+    let second = Life::begin(&supervised.links);
+
+    assert_eq!(read(&Client::connect(&path).unwrap()), 0);
+    second.end();
+    supervised.end();
+}
+
+#[test]
+fn second_client_is_turned_away_while_the_first_is_there() {
+    let (supervised, path) = listening();
+    let life = Life::begin(&supervised.links);
+    let client = Client::connect(&path).unwrap();
+
+    let refused = Client::connect(&path).unwrap_err();
+
+    assert_eq!(refused.errno().number(), libc::EBUSY);
+    write(&client, ADD, 3);
+    assert_eq!(read(&client), 3);
+    drop(client);
+    drop(Client::connect(&path).unwrap());
+    life.end();
+    supervised.end();
+}
+
+/// Bytes of a message.
+fn message(id: u16, command: u16, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let size = u32::try_from(16 + payload.len()).unwrap();
+    let mut bytes = [id.to_ne_bytes(), command.to_ne_bytes()].concat();
+    bytes.extend([size, flags, 0].iter().flat_map(|word| word.to_ne_bytes()));
+    bytes.extend(payload);
+    bytes
+}
+
+#[test]
+fn client_of_nonsense_is_sent_away_and_the_next_is_served() {
+    use std::io::{Read, Write};
+    let (supervised, path) = listening();
+    let life = Life::begin(&supervised.links);
+    let mut unaligned = message(0, 1, 0, &[0; 4]);
+    unaligned[4] = 3;
+    let nonsense = [
+        unaligned,
+        vec![0xff; 5000],
+        message(0, 9, 0, &[]),
+        message(1, 999, 0, &[7; 100]),
+        [
+            message(1, 1, 1, &[]),
+            message(1, 11, 0, &[0; 16]),
+            message(1, 12, 0x10, &[0; 3]),
+        ]
+        .concat(),
+    ];
+    for bytes in nonsense {
+        // One that just goes away, and one that waits for what comes of it.
+        for waits in [false, true] {
+            let mut client = UnixStream::connect(&path).unwrap();
+            client.write_all(&bytes).unwrap();
+            if waits {
+                client.shutdown(std::net::Shutdown::Write).unwrap();
+                let mut answer = Vec::new();
+                // It may be reset.
+                let _ = client.read_to_end(&mut answer);
+            }
+        }
+    }
+
+    let client = Client::connect(&path).unwrap();
+    write(&client, ADD, 3);
+    assert_eq!(read(&client), 3);
+    drop(client);
+    life.end();
+    supervised.end();
+}
+
+#[test]
+fn server_of_nonsense_is_given_up_and_the_next_serves() {
+    use nix::sys::socket::{send, MsgFlags};
+    use std::os::fd::AsRawFd;
+    let (supervised, socket) = Supervised::connected();
+    let first = Life::begin(&supervised.links);
+    let client = Options::new().open(socket).unwrap();
+    write(&client, ADD, 3);
+    first.end();
+
+    for packet in [
+        vec![0; 1],
+        vec![0xff; 100],
+        vec![1; 4000],
+        [1_u32, 9, 0, 0, 0, 0].map(u32::to_ne_bytes).concat(),
+    ] {
+        let link = supervised.links.link().unwrap();
+        send(link.as_raw_fd(), &packet, MsgFlags::empty()).unwrap();
+        let mut refusal = [0; 4096];
+        // It is refused, and its link closed.
+        let mut ended = false;
+        while !ended {
+            ended = nix::unistd::read(&link, &mut refusal).unwrap() == 0;
+        }
+    }
+
+    let second = Life::begin(&supervised.links);
+    assert_eq!(read(&client), 3);
+    second.end();
+    supervised.end();
 }

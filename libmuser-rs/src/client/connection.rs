@@ -9,8 +9,7 @@
 //!
 //! Locks: `waiting` is never held while another is taken, nor over a system call that waits.
 
-use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
@@ -20,18 +19,18 @@ use nix::errno::Errno as Number;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{shutdown, Shutdown};
-use std::os::fd::AsRawFd;
 use zerocopy::IntoBytes;
 
 use super::failure::{self, Failure};
 use super::lent::LentMemory;
 use crate::error::{Errno, Error, Result};
-use crate::vfio_user::stream::{
-    self, Descriptors, Message, Progress, Ready, Receiver, Sender, StreamError,
-};
-use crate::vfio_user::wire::payload::DmaAccess;
-use crate::vfio_user::wire::request::ServerRequest;
+use crate::vfio_user::stream::{Descriptors, Message, Progress, Receiver, Sender, StreamError};
 use crate::vfio_user::wire::{self, Command, Header, Kind};
+
+mod serving;
+mod waiting;
+
+use waiting::{hand_over, Leading, Slot, Waiting};
 
 /// Reply bodies whose memory is kept for the next.
 const SPARE: usize = 8;
@@ -93,28 +92,6 @@ enum Goal {
     End,
     /// Nothing: what is there is served.
     Nothing,
-}
-
-/// Everything that is being waited for.
-#[derive(Debug, Default)]
-struct Waiting {
-    slots: HashMap<u16, Slot>,
-    next: u16,
-    /// Whether a thread leads.
-    led: bool,
-    flushing: Vec<Thread>,
-    /// The thread that serves when nobody else leads.
-    idle: Option<Thread>,
-    failure: Option<Failure>,
-    spare: Vec<Vec<u8>>,
-}
-
-#[derive(Debug)]
-struct Slot {
-    command: Command,
-    /// Who waits; nobody does any more for a reply that was late.
-    thread: Option<Thread>,
-    answer: Option<Answer>,
 }
 
 /// A connection after its negotiation.
@@ -554,98 +531,6 @@ impl Connection {
         Ok(())
     }
 
-    /// Does what the server asks for.
-    fn answer(
-        &self,
-        channel: &Channel,
-        header: Header,
-        body: &[u8],
-        has_descriptors: bool,
-        no_reply: bool,
-        scratch: &mut Vec<u8>,
-    ) -> Result<(), Failure> {
-        scratch.clear();
-        let done = self.perform(header, body, has_descriptors, scratch);
-        if let Err(errno) = &done {
-            log::warn!("{}", failure::refusing(&header, *errno));
-        }
-        if no_reply {
-            return Ok(());
-        }
-        let deadline = Instant::now().checked_add(self.timeout);
-        loop {
-            let sent = match &done {
-                Ok(access) => {
-                    let payload = [access.as_bytes(), scratch.as_slice()];
-                    send(channel, header.reply(Ok(())), &payload, &[])
-                }
-                Err(errno) => send(channel, header.reply(Err(*errno)), &[], &[]),
-            };
-            if sent? != Progress::Full {
-                return Ok(());
-            }
-            // It asks for more and more, and takes nothing of it: nothing more is received from it
-            // until it does.
-            let wanted = Ready {
-                receive: false,
-                send: true,
-            };
-            if !stream::wait(channel.as_fd(), wanted, deadline)?.send {
-                return Err(Failure::late(format!(
-                    "the server has not received what it asked for in {:?}",
-                    self.timeout
-                )));
-            }
-        }
-    }
-
-    /// Reads or writes memory for the server; what was read is in `read`.
-    fn perform(
-        &self,
-        header: Header,
-        body: &[u8],
-        has_descriptors: bool,
-        read: &mut Vec<u8>,
-    ) -> Result<DmaAccess, Errno> {
-        let command = Command::new(header.command).ok_or(Errno::EOPNOTSUPP)?;
-        let request = ServerRequest::parse(command, body).map_err(|bad| bad.errno())?;
-        let request = request.ok_or(Errno::EOPNOTSUPP)?;
-        let (ServerRequest::DmaRead(access) | ServerRequest::DmaWrite(access, _)) = request;
-        let count = usize::try_from(access.count).unwrap_or(usize::MAX);
-        if has_descriptors || count > self.data {
-            return Err(Errno::EINVAL);
-        }
-        match request {
-            ServerRequest::DmaRead(_) => {
-                read.resize(count, 0);
-                self.lent.read(access.address, read)?;
-            }
-            ServerRequest::DmaWrite(_, data) => self.lent.write(access.address, data)?,
-        }
-        Ok(DmaAccess {
-            address: access.address,
-            count: access.count,
-        })
-    }
-
-    /// Serves the twin socket only, until the end.
-    fn serve_twin(&self, twin: &Channel) -> Result<(), Failure> {
-        while !self.ended.load(Ordering::Acquire) {
-            self.drain(twin, Goal::End, None)?;
-            let mut wanted = PollFlags::POLLIN;
-            if twin.sender().flush()? == Progress::Kept {
-                wanted |= PollFlags::POLLOUT;
-            }
-            let end = PollFd::new(self.end.as_fd(), PollFlags::POLLIN);
-            let mut polled = [end, PollFd::new(twin.as_fd(), wanted)];
-            match poll(&mut polled, PollTimeout::NONE) {
-                Ok(_) | Err(Number::EINTR) => {}
-                Err(error) => return Err(StreamError::Socket(error).into()),
-            }
-        }
-        Ok(())
-    }
-
     /// Ends the connection: everybody who waits is told why.
     fn fail(&self, failure: Failure) {
         let mut waiting = self.lock();
@@ -670,38 +555,6 @@ impl Connection {
     fn wake_flushing(&self) {
         let flushing = std::mem::take(&mut self.lock().flushing);
         flushing.iter().for_each(Thread::unpark);
-    }
-}
-
-/// A thread that leads; it hands over to another one when this is dropped.
-struct Leading<'a>(&'a Connection);
-
-impl Drop for Leading<'_> {
-    fn drop(&mut self) {
-        let mut waiting = self.0.lock();
-        waiting.led = false;
-        hand_over(waiting);
-    }
-}
-
-/// Has another thread lead, if none does. A thread that stops waiting does this: it may be the one
-/// that was to lead next.
-fn hand_over(mut waiting: MutexGuard<'_, Waiting>) {
-    if waiting.led {
-        return;
-    }
-    let this = thread::current().id();
-    let slots = waiting.slots.values();
-    let mut followers = slots
-        .filter(|slot| slot.answer.is_none())
-        .filter_map(|slot| slot.thread.as_ref())
-        .filter(|thread| thread.id() != this);
-    let next = followers.next().cloned();
-    let next = next.or_else(|| waiting.flushing.pop());
-    let next = next.or_else(|| waiting.idle.take());
-    drop(waiting);
-    if let Some(next) = next {
-        next.unpark();
     }
 }
 

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The client: its connection, what it has asked for, and what it has set up.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
 use zerocopy::IntoBytes;
 
@@ -72,6 +73,12 @@ impl Channel {
 }
 
 impl Client {
+    /// Whether it has closed the connection, of which the rest may not be read yet.
+    pub(super) fn has_hung_up(&self) -> bool {
+        let mut polled = [PollFd::new(self.main.sender.as_fd(), PollFlags::empty())];
+        poll(&mut polled, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+    }
+
     pub(super) fn new(socket: OwnedFd) -> Self {
         Self {
             main: Channel::new(socket),

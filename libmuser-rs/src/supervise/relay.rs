@@ -49,10 +49,13 @@ impl Supervisor {
         let (Some(client), Some(program)) = (&mut self.client, &mut self.program) else {
             return;
         };
-        let channels = std::iter::once(&mut client.main).chain(&mut client.twin);
-        for channel in channels {
-            // Whether the client has gone is found by receiving.
-            let _ = channel.sender.flush();
+        // Who has replies that it does not take, and has gone, is not waited for.
+        if let Err(error) = client.main.sender.flush() {
+            return self.end_client(&error.to_string());
+        }
+        if let Some(twin) = &mut client.twin {
+            // Whether that has gone is found by receiving.
+            let _ = twin.sender.flush();
         }
         let Some(stream) = &mut program.stream else {
             return;
@@ -135,7 +138,7 @@ impl Supervisor {
     pub(super) fn give_up_program(&mut self, fault: &str) {
         if self.program.is_some() {
             log::error!("the program is given up: {fault}");
-            self.program_gone();
+            self.drop_program();
         }
     }
 
@@ -150,6 +153,10 @@ impl Supervisor {
             self.take_from_program();
             self.take_from_program_twin();
         }
+        self.drop_program();
+    }
+
+    fn drop_program(&mut self) {
         if self.program.take().is_none() {
             return;
         }
@@ -351,17 +358,22 @@ impl Supervisor {
             return Ok(Ok(()));
         }
         let number = message.prefix.number;
+        if client.requests.command(number) != Some(header.command) {
+            return Err("it replies to what it was not given".into());
+        }
         let request = client.requests.answered(number, &mut self.sequence);
         let Some(request) = request else {
             return Err("it replies to what it was not given".into());
         };
-        if request.header.command != header.command {
-            return Err("it replies to another command than it was given".into());
-        }
         if let Err(errno) = result {
             return Ok(client.refuse(request.reply_to, errno));
         }
-        answer(stream, client, request, message)
+        let to = request.reply_to;
+        answer(stream, client, request, message).or_else(|fault| {
+            // The request has ended, however badly.
+            client.refuse(to, Errno::EIO)?;
+            Err(fault)
+        })
     }
 
     /// Takes what the program asks for over its second socket.

@@ -284,6 +284,11 @@ impl Systemd {
         process::succeed("/usr/bin/nsenter", &enter)
     }
 
+    /// Where a file of this systemd's is for everybody else.
+    pub fn path(&self, path: &str) -> String {
+        format!("/proc/{}/root{path}", self.pid)
+    }
+
     /// A property of a unit.
     ///
     /// # Errors

@@ -25,6 +25,7 @@ topic!("service", once: [
     stopped_device_is_removed,
     removed_device_is_not_served_again,
     service_starts_with_a_device_of_root,
+    socket_starts_its_service_which_is_replaced_and_goes_on,
     mdevctl_profile_starts_with_the_module,
 ], roads: []);
 
@@ -95,8 +96,12 @@ fn units_are_correct() -> Result<()> {
         format!("/etc/muser/{SERVED}.env"),
         "PROGRAM=/usr/bin/gpio\n",
     )?;
-    for unit in ["muser@", "muser-next@", "muser-device@"] {
-        let unit = format!("{unit}{SERVED}.service");
+    fs::write("/etc/muser/door.env", "PROGRAM=/usr/bin/gpio\n")?;
+    let served = ["muser@", "muser-next@", "muser-device@"];
+    let served = served.map(|unit| format!("{unit}{SERVED}.service"));
+    let at_a_socket = ["muser-socket@door.socket", "muser-socket@door.service"];
+    let units = served.into_iter().chain(at_a_socket.map(str::to_owned));
+    for unit in units {
         let said = succeed("systemd-analyze", &["verify", "--man=no", &unit])?;
         equal("systemd-analyze", said.as_str(), "")?;
     }
@@ -190,6 +195,52 @@ fn service_starts_with_a_device_of_root() -> Result<()> {
     time::until("the device being served", || server(SERVED).is_some())?;
     let client = works("opening the client", Client::open(&mdev, Road::Group))?;
     equal("card", client.read_u32(CONFIG, 0)?, 0x0dc8_494f)
+}
+
+fn socket_starts_its_service_which_is_replaced_and_goes_on() -> Result<()> {
+    let _udev = Udev::start()?;
+    let systemd = Systemd::start()?;
+    let blocks = commands("A device at a socket")?;
+    let [start, reload] = &blocks[..] else {
+        anyhow::bail!("the README's section has other blocks: {blocks:?}");
+    };
+    systemd.shell(start)?;
+    let socket = "/run/muser/door.sock";
+    let mode = systemd.shell(&format!("stat -c '%U:%G %a' {socket}"))?;
+    equal("socket", mode.trim(), "muser:muser 660")?;
+    let client = libmuser::client::Client::connect(systemd.path(socket))?;
+    let card = || -> Result<()> {
+        let mut card = [0; 4];
+        client.read(CONFIG, 0, &mut card)?;
+        equal("card", u32::from_le_bytes(card), 0x0dc8_494f)
+    };
+    card()?;
+    let unit = "muser-socket@door.service";
+    let supervisor = systemd.property(unit, "MainPID")?;
+    let program = || -> Result<String> {
+        let found = systemd.shell(&format!("pgrep -P {supervisor}"))?;
+        Ok(found.trim().to_owned())
+    };
+    let first = program()?;
+    let status = systemd.shell(&format!("cat /proc/{first}/status"))?;
+    for line in ["NoNewPrivs:\t1", "Seccomp:\t2", "CapBnd:\t0000000000000000"] {
+        ensure!(status.contains(line), "no {line:?} in {status}");
+    }
+    ensure!(!status.contains("Uid:\t0"), "it runs as root: {status}");
+    systemd.shell(&format!("kill -KILL {first}"))?;
+    card()?;
+    let second = program()?;
+    ensure!(second != first, "it was not started again");
+    systemd.shell(reload)?;
+    time::until("the next program", || {
+        program().is_ok_and(|next| next != second)
+    })?;
+    card()?;
+    drop(client);
+    systemd.shell("systemctl stop muser-socket@door.socket muser-socket@door.service")?;
+    let left = fs::exists(systemd.path(socket))?;
+    ensure!(!left, "the socket stays");
+    Ok(())
 }
 
 fn mdevctl_profile_starts_with_the_module() -> Result<()> {

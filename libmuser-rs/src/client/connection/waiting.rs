@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Threads that wait, and which of them leads.
+
+use std::collections::HashMap;
+use std::sync::MutexGuard;
+use std::thread::{self, Thread};
+
+use super::{Answer, Connection};
+use crate::client::failure::Failure;
+use crate::vfio_user::wire::Command;
+
+/// Everything that is being waited for.
+#[derive(Debug, Default)]
+pub(super) struct Waiting {
+    pub(super) slots: HashMap<u16, Slot>,
+    pub(super) next: u16,
+    /// Whether a thread leads.
+    pub(super) led: bool,
+    pub(super) flushing: Vec<Thread>,
+    /// The thread that serves when nobody else leads.
+    pub(super) idle: Option<Thread>,
+    pub(super) failure: Option<Failure>,
+    pub(super) spare: Vec<Vec<u8>>,
+}
+
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) command: Command,
+    /// Who waits; nobody does any more for a reply that was late.
+    pub(super) thread: Option<Thread>,
+    pub(super) answer: Option<Answer>,
+}
+
+/// A thread that leads; it hands over to another one when this is dropped.
+pub(super) struct Leading<'a>(pub(super) &'a Connection);
+
+impl Drop for Leading<'_> {
+    fn drop(&mut self) {
+        let mut waiting = self.0.lock();
+        waiting.led = false;
+        hand_over(waiting);
+    }
+}
+
+/// Has another thread lead, if none does. A thread that stops waiting does this: it may be the one
+/// that was to lead next.
+pub(super) fn hand_over(mut waiting: MutexGuard<'_, Waiting>) {
+    if waiting.led {
+        return;
+    }
+    let this = thread::current().id();
+    let slots = waiting.slots.values();
+    let mut followers = slots
+        .filter(|slot| slot.answer.is_none())
+        .filter_map(|slot| slot.thread.as_ref())
+        .filter(|thread| thread.id() != this);
+    let next = followers.next().cloned();
+    let next = next.or_else(|| waiting.flushing.pop());
+    let next = next.or_else(|| waiting.idle.take());
+    drop(waiting);
+    if let Some(next) = next {
+        next.unpark();
+    }
+}
