@@ -358,17 +358,22 @@ impl Supervisor {
             return Ok(Ok(()));
         }
         let number = message.prefix.number;
+        if client.requests.command(number) != Some(header.command) {
+            return Err("it replies to what it was not given".into());
+        }
         let request = client.requests.answered(number, &mut self.sequence);
         let Some(request) = request else {
             return Err("it replies to what it was not given".into());
         };
-        if request.header.command != header.command {
-            return Err("it replies to another command than it was given".into());
-        }
         if let Err(errno) = result {
             return Ok(client.refuse(request.reply_to, errno));
         }
-        answer(stream, client, request, message)
+        let to = request.reply_to;
+        answer(stream, client, request, message).or_else(|fault| {
+            // The request has ended, however badly.
+            client.refuse(to, Errno::EIO)?;
+            Err(fault)
+        })
     }
 
     /// Takes what the program asks for over its second socket.
