@@ -2,8 +2,6 @@
 //! The storm over a supervised socket, which needs no guest: processes of the sample are killed under
 //! their clients, and nothing is lost, doubled or stuck.
 
-#![expect(clippy::unwrap_used, reason = "a test fails where it panics")]
-
 use std::process::Command;
 
 #[test]
