@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Capabilities of any JSON, and of none.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use std::cell::Cell;
 
 use proptest::prelude::*;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Descriptors of the wrong number and the wrong kind, and memory that goes away.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Too much of everything, and peers that stand still.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use std::io::{ErrorKind, Write};
 use std::os::fd::AsFd;
 use std::time::Instant;

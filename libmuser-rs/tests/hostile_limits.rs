@@ -4,6 +4,8 @@
 //! The limit is one of the process, so the server runs in a child: this very program, asked for the
 //! test that starts it.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Messages as nobody should send them.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use std::net::Shutdown;
 
 use libmuser::vfio_user::wire::{Command, Kind, HEADER};
