@@ -117,7 +117,9 @@ fn read_log_page(core: &Core, command: &Command) -> Result<(u8, bool), Status> {
     // What is asked for beyond a page's end is undefined; here it is not written.
     let len = ((dwords + 1) * 4).min(all - offset);
     let range = offset..offset + len;
-    let range = usize::try_from(range.start).ok().zip(usize::try_from(range.end).ok());
+    let range = usize::try_from(range.start)
+        .ok()
+        .zip(usize::try_from(range.end).ok());
     let part = range.and_then(|(start, end)| data.get(start..end));
     match part.unwrap_or(&[]) {
         [] => {}

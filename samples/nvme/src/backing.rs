@@ -12,8 +12,8 @@ use std::path::Path;
 use nix::errno::Errno as Number;
 use nix::fcntl::{fallocate, FallocateFlags};
 
-pub use crate::sys::Segments;
 use crate::sys;
+pub use crate::sys::Segments;
 
 /// What blocks are kept in. Offsets are within its size; any number of threads may call.
 pub trait Backing: Debug + Send + Sync {
@@ -74,10 +74,7 @@ impl FileBacking {
     ///
     /// `EINVAL`: it is neither, or shorter than `size` and can't grow. Else those of open(2).
     pub fn open(path: &Path, read_only: bool, size: Option<u64>) -> io::Result<Self> {
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .open(path)?;
+        let mut file = OpenOptions::new().read(true).write(!read_only).open(path)?;
         let kind = file.metadata()?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(invalid("it is neither a file nor a block device"));

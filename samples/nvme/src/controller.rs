@@ -183,7 +183,9 @@ impl Core {
     }
 
     pub(crate) fn registers(&self) -> MutexGuard<'_, ()> {
-        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.registers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Stops a worker, once what it has under way has ended.
@@ -198,7 +200,9 @@ impl Core {
     }
 
     pub(crate) fn pause_all(&self) -> Vec<Paused<'_>> {
-        (0..self.seats.len()).map(|queue| self.pause(queue)).collect()
+        (0..self.seats.len())
+            .map(|queue| self.pause(queue))
+            .collect()
     }
 
     /// The tail of a submission queue, as the host has it.
@@ -256,7 +260,11 @@ impl Core {
     /// Notes an event for the admin queue's worker to tell.
     pub(crate) fn note(&self, event: Event) {
         log::debug!("{event:?}");
-        if self.kept.change_control(|control| control.note(event)).is_ok() {
+        if self
+            .kept
+            .change_control(|control| control.note(event))
+            .is_ok()
+        {
             self.seats[0].wake();
         }
     }
@@ -283,7 +291,9 @@ impl Core {
     /// Enables the controller with this CC.
     pub(crate) fn enable(&self, cc: u32) -> Result<()> {
         let mut paused = self.pause_all();
-        paused.iter_mut().for_each(|paused| paused.worker().forget());
+        paused
+            .iter_mut()
+            .for_each(|paused| paused.worker().forget());
         self.clear_doorbells();
         self.kept.change(|whole| {
             let control = &mut whole.control;
@@ -307,7 +317,9 @@ impl Core {
     pub(crate) fn reset(&self, cc: Option<u32>) -> Result<()> {
         self.live.store(false, Ordering::SeqCst);
         let mut paused = self.pause_all();
-        paused.iter_mut().for_each(|paused| paused.worker().forget());
+        paused
+            .iter_mut()
+            .for_each(|paused| paused.worker().forget());
         self.clear_doorbells();
         self.kept.change(|whole| {
             let control = &mut whole.control;

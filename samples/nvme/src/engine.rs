@@ -52,11 +52,7 @@ enum Given {
 }
 
 impl Engine {
-    pub(crate) fn new(
-        backing: Arc<dyn Backing>,
-        method: Method,
-        jobs: usize,
-    ) -> io::Result<Self> {
+    pub(crate) fn new(backing: Arc<dyn Backing>, method: Method, jobs: usize) -> io::Result<Self> {
         let ring = match (method, backing.file()) {
             (Method::Sync, _) | (_, None) => None,
             (Method::Uring, Some(_)) => Some(Ring::new(jobs)?),

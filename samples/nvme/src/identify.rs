@@ -64,7 +64,7 @@ fn controller(core: &Core) -> Vec<u8> {
     data[512] = 6 << 4 | 6; // SQES
     data[513] = 4 << 4 | 4; // CQES
     put(&mut data, 516, &NAMESPACE.to_le_bytes()); // NN
-    // ONCS: Compare, Dataset Management, Write Zeroes, Verify
+                                                   // ONCS: Compare, Dataset Management, Write Zeroes, Verify
     let optional: u16 = 1 | 1 << 2 | 1 << 3 | 1 << 7;
     put(&mut data, 520, &optional.to_le_bytes());
     data[525] = 1 | 3 << 1; // VWC: there is one, and Flush may be for all namespaces

@@ -234,8 +234,12 @@ fn dataset_management(core: &Core, command: &Command) -> Result<Plan, Status> {
     writable(core)?;
     let bytes = transfer::from_host(core, command, count * RANGE)?;
     let ranges = bytes.chunks_exact(RANGE).map(|range| {
-        let len = range[4..].first_chunk().map_or(0, |b| u32::from_le_bytes(*b));
-        let start = range[8..].first_chunk().map_or(0, |b| u64::from_le_bytes(*b));
+        let len = range[4..]
+            .first_chunk()
+            .map_or(0, |b| u32::from_le_bytes(*b));
+        let start = range[8..]
+            .first_chunk()
+            .map_or(0, |b| u64::from_le_bytes(*b));
         blocks(core, start, len.into())
     });
     // All are looked at before the first one is touched.

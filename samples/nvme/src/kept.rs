@@ -369,7 +369,9 @@ impl Kept {
 
 /// Copies, for nobody says that the bytes are aligned.
 fn load<T: FromBytes>(bytes: &[u8], at: Range<usize>) -> T {
-    let found = bytes.get(at).and_then(|bytes| T::read_from_bytes(bytes).ok());
+    let found = bytes
+        .get(at)
+        .and_then(|bytes| T::read_from_bytes(bytes).ok());
     found.unwrap_or_else(T::new_zeroed)
 }
 

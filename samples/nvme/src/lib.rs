@@ -124,7 +124,10 @@ impl Nvme {
     pub fn new(bus: &Bus, settings: &Settings, backing: Arc<dyn Backing>) -> Result<Self> {
         let blocks = backing.size() >> settings.block_shift();
         if blocks == 0 {
-            return Err(Error::new(Errno::EINVAL, "the backing is too short for a block"));
+            return Err(Error::new(
+                Errno::EINVAL,
+                "the backing is too short for a block",
+            ));
         }
         let config = Config {
             serial: settings.serial.clone(),

@@ -28,7 +28,11 @@ pub(crate) fn page(core: &Core, control: &Control, page: u8) -> Result<Vec<u8>, 
 /// Error Information (figure 195), the latest first.
 fn errors(control: &Control) -> Vec<u8> {
     let mut data = vec![0; 64 * ERROR_ENTRIES];
-    let mut entries: Vec<_> = control.log.iter().filter(|entry| entry.number > 0).collect();
+    let mut entries: Vec<_> = control
+        .log
+        .iter()
+        .filter(|entry| entry.number > 0)
+        .collect();
     entries.sort_by_key(|entry| std::cmp::Reverse(entry.number));
     for (place, entry) in data.chunks_exact_mut(64).zip(entries) {
         place[0..8].copy_from_slice(&entry.number.to_le_bytes());

@@ -16,7 +16,11 @@ const SERIAL: usize = 20;
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
     /// Keep the blocks in this file or block device
-    #[arg(long, value_name = "PATH", required_unless_present = "print_capabilities")]
+    #[arg(
+        long,
+        value_name = "PATH",
+        required_unless_present = "print_capabilities"
+    )]
     pub file: Option<PathBuf>,
 
     /// Refuse to write
@@ -127,7 +131,9 @@ fn serial(text: &str) -> std::result::Result<String, String> {
     if printable && !text.is_empty() && text.len() <= SERIAL {
         return Ok(text.to_owned());
     }
-    Err(format!("a serial number has 1 to {SERIAL} characters of ASCII"))
+    Err(format!(
+        "a serial number has 1 to {SERIAL} characters of ASCII"
+    ))
 }
 
 fn block_size(text: &str) -> std::result::Result<u32, String> {

@@ -113,9 +113,7 @@ mod tests {
 
     fn walk(lists: &[(u64, Vec<u64>)], prp1: u64, prp2: u64, len: usize) -> Result<Pieces, Status> {
         let memory = Memory(lists.iter().cloned().collect());
-        pieces(prp1, prp2, len, &mut |address, to| {
-            memory.read(address, to)
-        })
+        pieces(prp1, prp2, len, &mut |address, to| memory.read(address, to))
     }
 
     fn pages(from: u64, count: u64) -> Vec<u64> {
@@ -151,10 +149,7 @@ mod tests {
         let found = walk(&lists, 0x1000, 0x8ff0, 5 * 4096).unwrap();
 
         let starts: Vec<_> = found.iter().map(|(start, _)| *start).collect();
-        assert_eq!(
-            starts,
-            [0x1000, 0x10_0000, 0x20_0000, 0x20_2000, 0x20_4000]
-        );
+        assert_eq!(starts, [0x1000, 0x10_0000, 0x20_0000, 0x20_2000, 0x20_4000]);
     }
 
     #[test]

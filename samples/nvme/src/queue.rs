@@ -136,7 +136,10 @@ impl Worker {
         });
         let _ = wake.read();
         if let Err(error) = waited {
-            log::error!("queue {}: waiting for input and output: {error}", self.queue);
+            log::error!(
+                "queue {}: waiting for input and output: {error}",
+                self.queue
+            );
         }
     }
 
@@ -168,7 +171,14 @@ impl Worker {
     }
 
     fn read(&mut self, core: &Core, sq: &Submission, count: usize) -> Result<Vec<Command>> {
-        let memory = map(core, &mut self.memory, sq.base, sq.size, SQE, DmaAccess::Read)?;
+        let memory = map(
+            core,
+            &mut self.memory,
+            sq.base,
+            sq.size,
+            SQE,
+            DmaAccess::Read,
+        )?;
         let mut commands = vec![Command::new_zeroed(); count];
         for (command, entry) in commands.iter_mut().zip(sq.head..) {
             let at = usize::try_from(entry % sq.size).unwrap_or(0) * SQE;
@@ -313,7 +323,14 @@ impl Worker {
                         End::Change(change) => change.make(whole),
                     };
                     let (sqs, cqs) = (&mut whole.sqs, &mut whole.cqs);
-                    complete(&mut sqs[queue], &mut cqs[number], queue, slot, answer, &work);
+                    complete(
+                        &mut sqs[queue],
+                        &mut cqs[number],
+                        queue,
+                        slot,
+                        answer,
+                        &work,
+                    );
                 }
             })?;
         } else {

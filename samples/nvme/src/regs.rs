@@ -99,8 +99,16 @@ impl Control {
         for (there, byte) in there.zip(value.to_le_bytes().iter().take(width.bytes())) {
             *there = *byte;
         }
-        let dword = |at: usize| image[at..].first_chunk().map_or(0, |b| u32::from_le_bytes(*b));
-        let qword = |at: usize| image[at..].first_chunk().map_or(0, |b| u64::from_le_bytes(*b));
+        let dword = |at: usize| {
+            image[at..]
+                .first_chunk()
+                .map_or(0, |b| u32::from_le_bytes(*b))
+        };
+        let qword = |at: usize| {
+            image[at..]
+                .first_chunk()
+                .map_or(0, |b| u64::from_le_bytes(*b))
+        };
         // Bits 31 to 28 and 15 to 12 are reserved, and so are the offsets in a page.
         self.aqa = dword(AQA) & 0x0fff_0fff;
         self.asq = qword(ASQ) & !0xfff;
@@ -190,12 +198,18 @@ mod tests {
     fn transitions_are_those_of_en_and_shn() {
         let mut control = control();
         let cc = 0x0046_0000;
-        assert_eq!(control.write(0x14, Width::Dword, cc), (Transition::None, 0x46_0000));
+        assert_eq!(
+            control.write(0x14, Width::Dword, cc),
+            (Transition::None, 0x46_0000)
+        );
 
         let (enable, new) = control.write(0x14, Width::Dword, cc | 1);
         assert_eq!(enable, Transition::Enable);
         control.cc = new;
-        assert_eq!(control.write(0x14, Width::Dword, cc | 1).0, Transition::None);
+        assert_eq!(
+            control.write(0x14, Width::Dword, cc | 1).0,
+            Transition::None
+        );
         let shutdown = control.write(0x14, Width::Dword, cc | 0x4001);
         assert_eq!(shutdown.0, Transition::Shutdown);
         assert_eq!(control.write(0x14, Width::Byte, 0).0, Transition::Reset);

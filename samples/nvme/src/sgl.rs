@@ -41,11 +41,7 @@ impl Descriptor {
 }
 
 /// The pieces of `len` bytes to which a command's descriptor leads. More bytes may be there.
-pub(crate) fn pieces(
-    dptr: [u64; 2],
-    len: usize,
-    read: &mut Read<'_>,
-) -> Result<Pieces, Status> {
+pub(crate) fn pieces(dptr: [u64; 2], len: usize, read: &mut Read<'_>) -> Result<Pieces, Status> {
     let mut walk = Walk {
         pieces: Vec::new(),
         left: len,
@@ -151,7 +147,11 @@ mod tests {
 
     fn dptr(address: u64, len: u32, kind: u8) -> [u64; 2] {
         let bytes = descriptor(address, len, kind);
-        [0, 8].map(|at| bytes[at..].first_chunk().map_or(0, |b| u64::from_le_bytes(*b)))
+        [0, 8].map(|at| {
+            bytes[at..]
+                .first_chunk()
+                .map_or(0, |b| u64::from_le_bytes(*b))
+        })
     }
 
     /// Walks a list of segments, which lie 0x1000 bytes apart.
@@ -173,7 +173,10 @@ mod tests {
 
     #[test]
     fn segments_are_followed() {
-        let first = vec![descriptor(0x10, 100, DATA), descriptor(0x1000, 32, LAST_SEGMENT)];
+        let first = vec![
+            descriptor(0x10, 100, DATA),
+            descriptor(0x1000, 32, LAST_SEGMENT),
+        ];
         let second = vec![descriptor(0x40, 12, DATA), descriptor(0x4c, 400, DATA)];
 
         let found = walk(&[first, second], dptr(0, 32, SEGMENT), 512).unwrap();

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Input and output into memory of a host that changes it meanwhile: the only `unsafe` of the sample.
 
-#![expect(unsafe_code, reason = "system calls with pointers have no safe wrapper here")]
+#![expect(
+    unsafe_code,
+    reason = "system calls with pointers have no safe wrapper here"
+)]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -78,6 +81,34 @@ impl Segments {
             Memory::Copy(bytes) => Some(bytes),
             Memory::Host { .. } => None,
         }
+    }
+
+    /// Copies into what is behind the first `skip` bytes, as far as there is any.
+    pub fn fill(&self, skip: usize, from: &[u8]) {
+        let mut rest = from;
+        for slice in self.slices(skip) {
+            let (part, after) = rest.split_at(rest.len().min(slice.len()));
+            slice.copy_from(part);
+            rest = after;
+        }
+    }
+
+    /// Copies out of what is behind the first `skip` bytes, as far as there is any.
+    pub fn drain(&self, skip: usize, to: &mut [u8]) {
+        let mut rest = to;
+        for slice in self.slices(skip) {
+            let (part, after) = rest.split_at_mut(rest.len().min(slice.len()));
+            slice.copy_to(part);
+            rest = after;
+        }
+    }
+
+    fn slices(&self, skip: usize) -> impl Iterator<Item = VolatileSlice<'_>> {
+        self.behind(skip).into_iter().map(|piece| {
+            // SAFETY: By the invariant, the piece is memory that stays mapped as long as `self`, and
+            // so as long as the slice.
+            unsafe { VolatileSlice::new(piece.iov_base.cast(), piece.iov_len) }
+        })
     }
 
     /// Records what was written to the host's memory. After it, so that nobody has looked between.
@@ -160,12 +191,7 @@ impl ReadVolatile for Marker {
 }
 
 /// Reads from a file into what is behind the first `skip` bytes; how many, which may be too few.
-pub(crate) fn read(
-    file: BorrowedFd<'_>,
-    at: u64,
-    to: &Segments,
-    skip: usize,
-) -> io::Result<usize> {
+pub(crate) fn read(file: BorrowedFd<'_>, at: u64, to: &Segments, skip: usize) -> io::Result<usize> {
     let (at, pieces) = (offset(at)?, to.behind(skip));
     let count = libc::c_int::try_from(pieces.len()).unwrap_or(0);
     // SAFETY: By the invariant of the segments, the pieces are memory that may be written to.
@@ -274,9 +300,8 @@ impl Ring {
             return Err(io::ErrorKind::InvalidInput.into());
         };
         let fd = types::Fd(file.as_raw_fd());
-        let count = |segments: &Segments| {
-            u32::try_from(segments.pieces.len().min(IOV_MAX)).unwrap_or(0)
-        };
+        let count =
+            |segments: &Segments| u32::try_from(segments.pieces.len().min(IOV_MAX)).unwrap_or(0);
         let (prepared, segments) = match entry {
             Entry::Read(to) => {
                 let read = opcode::Readv::new(fd, to.pieces.as_ptr(), count(&to));

@@ -13,7 +13,9 @@ use crate::sys::Segments;
 /// Where `len` bytes of a command's data are.
 pub(crate) fn pieces(core: &Core, command: &Command, len: usize) -> Result<Pieces, Status> {
     let mut read = |address: u64, to: &mut [u8]| core.dma.read(address, to).ok();
-    let [first, second] = command.dptr.map(zerocopy::byteorder::little_endian::U64::get);
+    let [first, second] = command
+        .dptr
+        .map(zerocopy::byteorder::little_endian::U64::get);
     match command.psdt() {
         0 => prp::pieces(first, second, len, &mut read),
         _ => sgl::pieces([first, second], len, &mut read),
@@ -61,12 +63,7 @@ impl Data {
         Self::new(core, command, len, DmaAccess::Write)
     }
 
-    fn new(
-        core: &Core,
-        command: &Command,
-        len: usize,
-        access: DmaAccess,
-    ) -> Result<Self, Status> {
+    fn new(core: &Core, command: &Command, len: usize, access: DmaAccess) -> Result<Self, Status> {
         let written = access == DmaAccess::Write;
         let gathered = gather(core, &pieces(core, command, len)?, access)?;
         // What can't be mapped into this process is copied.

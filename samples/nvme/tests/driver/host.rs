@@ -23,7 +23,7 @@ use libmuser::{DmaAccess, Ended, SharedServer, Stop};
 use nvme::backing::{Backing, FileBacking, Segments};
 use nvme::{Nvme, Settings};
 
-use super::{Driver, Machine, DEADLINE};
+use crate::driver::{Driver, Machine, DEADLINE};
 
 /// Where the memory is that the controller reaches.
 pub(crate) const BASE: u64 = 0x1_0000_0000;
