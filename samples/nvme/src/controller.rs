@@ -85,10 +85,17 @@ pub(crate) struct Seat {
     pausing: AtomicU32,
     /// Whether completions wait for room.
     pub(crate) starved: AtomicBool,
-    /// The tail that the worker was last woken for.
+    /// The tail that the worker was last woken for; none at first, since an earlier process may have
+    /// been woken for any.
     rung: AtomicU32,
     worker: Mutex<Worker>,
 }
+
+/// How often a doorbell is looked at again because it was rung meanwhile.
+const ATTEMPTS: usize = 16;
+
+/// No tail.
+const NEVER: u32 = u32::MAX;
 
 impl Seat {
     pub(crate) fn wake(&self) {
@@ -142,7 +149,7 @@ impl Core {
                 wake: EventFd::from_value_and_flags(1, flags)?,
                 pausing: AtomicU32::new(0),
                 starved: AtomicBool::new(false),
-                rung: AtomicU32::new(0),
+                rung: AtomicU32::new(NEVER),
                 worker: Mutex::new(Worker::new(index, engine)),
             })
         };
@@ -234,10 +241,20 @@ impl Core {
     pub(crate) fn ring(&self) {
         let mut unknown = false;
         for (queue, seat) in self.seats.iter().enumerate() {
-            let tail = self.tail(queue);
-            if tail != seat.rung.swap(tail, Ordering::SeqCst) {
-                unknown |= !self.kept.sq(queue).exists();
+            // Until it is the tail of after its being noted: another thread may have had a later one.
+            let mut settled = false;
+            for _ in 0..ATTEMPTS {
+                let tail = self.tail(queue);
+                settled = seat.rung.swap(tail, Ordering::SeqCst) == tail;
+                if settled {
+                    break;
+                }
+                unknown |= tail != 0 && !self.kept.sq(queue).exists();
                 seat.wake();
+            }
+            if !settled {
+                // Somebody rings all the time, and the next time is as good.
+                seat.rung.store(NEVER, Ordering::SeqCst);
             }
             if seat.starved.swap(false, Ordering::SeqCst) {
                 seat.wake();

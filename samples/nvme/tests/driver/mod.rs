@@ -48,9 +48,9 @@ pub(crate) struct Pair {
     pub(crate) sq: u64,
     pub(crate) cq: u64,
     pub(crate) tail: u32,
-    head: u32,
-    phase: bool,
-    cid: u16,
+    pub(crate) head: u32,
+    pub(crate) phase: bool,
+    pub(crate) cid: u16,
     /// Whether completions are waited for by interrupt.
     pub(crate) interrupts: bool,
 }
@@ -134,6 +134,14 @@ impl<M: Machine> Driver<M> {
         self.write64(ASQ, self.admin.sq);
         self.write64(ACQ, self.admin.cq);
         self.set_cc(ENABLE, 1);
+    }
+
+    /// Forgets all memory that it has, and enables the controller again.
+    pub(crate) fn start_over(&mut self) {
+        self.set_cc(0, 0);
+        let start = self.machine.memory().start;
+        self.free.store(start, Ordering::SeqCst);
+        self.enable();
     }
 
     /// Writes CC, and waits for CSTS.RDY.
