@@ -428,7 +428,8 @@ fn parts_that_panic_are_as_before() {
     let state = State::new(store);
 
     let work = AssertUnwindSafe(|| {
-        state.update_parts([0..300], |[bytes]| {
+        let all = 0..300;
+        state.update_parts([all], |[bytes]| {
             bytes.fill(1);
             panic!("as it should");
         })
@@ -445,7 +446,8 @@ fn parts_after_the_end_are_not_touched() {
     let state = State::new(Arc::clone(&store));
     store.seal();
 
-    let result = state.update_parts([0..1], |_| panic!("it has ended"));
+    let first = 0..1;
+    let result = state.update_parts([first], |_| panic!("it has ended"));
 
     assert_eq!(result.unwrap_err().errno(), Errno::ENODEV);
 }

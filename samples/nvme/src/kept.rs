@@ -333,8 +333,8 @@ impl Kept {
     }
 
     pub(crate) fn change<R>(&self, work: impl FnOnce(&mut Whole) -> R) -> Result<R> {
-        let all = [0..Self::size(self.queues)];
-        self.state.update_parts(all, |[bytes]| {
+        let all = 0..Self::size(self.queues);
+        self.state.update_parts([all], |[bytes]| {
             let queues = 0..self.queues;
             let mut whole = Whole {
                 control: load(bytes, Self::at_control()),

@@ -31,6 +31,8 @@ pub(crate) struct Worker {
     begun: [bool; SLOTS],
     finished: Vec<Finished>,
     memory: Option<Mapped>,
+    /// A tail that made no sense, and of which the host was told.
+    bad_tail: Option<u32>,
 }
 
 /// What came of the command in a slot.
@@ -76,6 +78,7 @@ impl Worker {
             begun: [false; SLOTS],
             finished: Vec::new(),
             memory: None,
+            bad_tail: None,
         }
     }
 
@@ -84,6 +87,7 @@ impl Worker {
         self.begun = [false; SLOTS];
         self.finished.clear();
         self.memory = None;
+        self.bad_tail = None;
     }
 
     /// Works until there is nothing to do, or somebody wants it to stop.
@@ -151,9 +155,12 @@ impl Worker {
         }
         let tail = core.tail(self.queue);
         if tail >= sq.size {
-            core.note(Event::InvalidDoorbellValue);
+            if self.bad_tail.replace(tail) != Some(tail) {
+                core.note(Event::InvalidDoorbellValue);
+            }
             return Ok(false);
         }
+        self.bad_tail = None;
         let there = (tail + sq.size - sq.head) % sq.size;
         let count = usize::try_from(there).unwrap_or(0).min(sq.free_slots());
         if count == 0 {

@@ -230,7 +230,7 @@ fn zeroes_and_deallocation_read_as_zeroes() {
 
     for (lba, count, deallocate) in [(3, 10, 0), (40, 16, 1 << 25)] {
         let zero = Command::new(WRITE_ZEROES, 1).blocks(lba, count);
-        let zero = zero.with(12, count - 1 | deallocate);
+        let zero = zero.with(12, (count - 1) | deallocate);
         assert_eq!(driver.at(&mut pair, &zero).status, 0);
         let start = usize::try_from(lba).unwrap() * 512;
         expected[start..start + count as usize * 512].fill(0);
@@ -238,7 +238,7 @@ fn zeroes_and_deallocation_read_as_zeroes() {
     let ranges = [(100, 8), (200, 1), (300, 0)];
     let list: Vec<u8> = ranges
         .iter()
-        .flat_map(|(lba, count)| [u64::from(*count as u32) << 32, *lba])
+        .flat_map(|(lba, count)| [(*count as u64) << 32, *lba])
         .flat_map(u64::to_le_bytes)
         .collect();
     driver.machine.store(at, &list);

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 /// Long enough for anything that is going to happen.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
 pub(crate) const PAGE: u64 = 4096;
+const PAGE_BYTES: usize = 4096;
 
 pub(crate) const CC: u64 = 0x14;
 pub(crate) const CSTS: u64 = 0x1c;
@@ -85,16 +86,15 @@ impl Command {
     /// PRP1 and PRP2, or a descriptor of an SGL.
     pub(crate) fn pointing(mut self, first: u64, second: u64) -> Self {
         for (at, value) in [(6, first), (8, second)] {
-            self.0[at] = value as u32;
-            self.0[at + 1] = (value >> 32) as u32;
+            [self.0[at], self.0[at + 1]] = halves(value);
         }
         self
     }
 
     /// Starting LBA, and number of blocks.
     pub(crate) fn blocks(self, first: u64, count: u32) -> Self {
-        let this = self.with(10, first as u32).with(11, (first >> 32) as u32);
-        this.with(12, count - 1)
+        let [low, high] = halves(first);
+        self.with(10, low).with(11, high).with(12, count - 1)
     }
 
     fn bytes(&self, cid: u16) -> [u8; 64] {
@@ -104,6 +104,12 @@ impl Command {
         bytes.copy_from_slice(dwords.map(u32::to_le_bytes).as_flattened());
         bytes
     }
+}
+
+/// A number as two dwords, the lower one first.
+fn halves(value: u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
+    [[a, b, c, d], [e, f, g, h]].map(u32::from_le_bytes)
 }
 
 /// A driver of a controller.
@@ -172,7 +178,7 @@ impl<M: Machine> Driver<M> {
         let start = self.free.fetch_add(count * PAGE, Ordering::SeqCst);
         assert!(start + count * PAGE <= self.machine.memory().end);
         for page in 0..count {
-            self.machine.store(start + page * PAGE, &[0; PAGE as usize]);
+            self.machine.store(start + page * PAGE, &[0; PAGE_BYTES]);
         }
         start
     }
@@ -293,7 +299,7 @@ impl<M: Machine> Driver<M> {
     pub(crate) fn page(&mut self, command: &Command) -> Result<Vec<u8>, u16> {
         let page = self.pages(1);
         match self.admin(&command.pointing(page, 0)).status {
-            0 => Ok(self.bytes(page, PAGE as usize)),
+            0 => Ok(self.bytes(page, PAGE_BYTES)),
             status => Err(status),
         }
     }
@@ -311,7 +317,7 @@ impl<M: Machine> Driver<M> {
         if end <= second + PAGE {
             return (address, if end > second { second } else { 0 });
         }
-        let mut pages: Vec<u64> = (second..end).step_by(PAGE as usize).collect();
+        let mut pages: Vec<u64> = (second..end).step_by(PAGE_BYTES).collect();
         let list = self.pages(1 + pages.len() as u64 / 511);
         // Each page of the list but the last ends with where it goes on.
         let mut at = list;
