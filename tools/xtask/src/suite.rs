@@ -2,6 +2,10 @@
 
 //! `cargo xtask test`: the lints, the tests of the host, and the suite in each
 //! kernel. A part that fails never keeps the next one from running.
+//!
+//! A guest keeps less than one processor busy, and the suite takes as long in
+//! the debug kernel as everything else together: so that one runs beside the
+//! others, once all that they need is built.
 
 use std::io::{BufRead as _, BufReader};
 use std::time::Instant;
@@ -31,16 +35,28 @@ pub(crate) fn run(bench: &Workbench, asked: &Test) -> Report {
     if !asked.no_host {
         part(&mut report, "host", || host(bench, filter));
     }
-    let mut programs = None;
-    for kernel in asked.kernel.kernels() {
-        part(&mut report, kernel.name(), || {
-            let programs = match &programs {
-                Some(programs) => programs,
-                None => programs.insert(Programs::build(bench)?),
-            };
-            in_kernel(bench, kernel, programs, filter)
-        });
-    }
+    let guests = prepare(bench, &asked.kernel.kernels(), &mut report);
+    let (debug, others): (Vec<_>, Vec<_>) = guests
+        .iter()
+        .partition(|guest| guest.tree.kernel == Kernel::Debug);
+    let lane = |guests: Vec<&Guest>| {
+        let mut report = Report::default();
+        for guest in guests {
+            let kernel = guest.tree.kernel;
+            part(&mut report, kernel.name(), || {
+                in_guest(bench, guest, filter)
+            });
+        }
+        report
+    };
+    std::thread::scope(|scope| {
+        let debug = scope.spawn(|| lane(debug));
+        report.add(lane(others));
+        match debug.join() {
+            Ok(result) => report.add(result),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    });
     if report.empty() {
         let why = "no test has such a name".to_owned();
         report.fail(
@@ -101,17 +117,33 @@ fn host(bench: &Workbench, filter: Option<&str>) -> Result<Report> {
     Ok(report)
 }
 
-fn in_kernel(
-    bench: &Workbench,
-    kernel: Kernel,
-    programs: &Programs,
-    filter: Option<&str>,
-) -> Result<Report> {
-    if !programs.has(SUITE) {
-        bail!("tests/e2e has no program {SUITE}");
+/// Builds what the guests need, those that can be had.
+fn prepare(bench: &Workbench, kernels: &[Kernel], report: &mut Report) -> Vec<Guest> {
+    let mut guests = Vec::new();
+    if kernels.is_empty() {
+        return guests;
     }
-    let tree = Tree::prepare(bench, kernel)?;
-    let guest = Guest::prepare(bench, tree, programs)?;
+    part(report, "guests", || {
+        let programs = Programs::build(bench)?;
+        if !programs.has(SUITE) {
+            bail!("tests/e2e has no program {SUITE}");
+        }
+        let mut report = Report::default();
+        for &kernel in kernels {
+            let guest = Tree::prepare(bench, kernel)
+                .and_then(|tree| Guest::prepare(bench, tree, &programs));
+            match guest {
+                Ok(guest) => guests.push(guest),
+                Err(error) => report.fail(kernel.name(), format!("{error:#}")),
+            }
+        }
+        Ok(report)
+    });
+    guests
+}
+
+fn in_guest(bench: &Workbench, guest: &Guest, filter: Option<&str>) -> Result<Report> {
+    let kernel = guest.tree.kernel;
     // One test at a time: they load and unload the one module there is.
     let fuzz = fuzzing::wanted(kernel, filter);
     let filter = filter.map(qemu::quote).unwrap_or_default();
@@ -126,7 +158,7 @@ fn in_kernel(
         "Booting {} and running the suite in it.",
         guest.tree.release
     );
-    let outcome = qemu::run(bench, &guest, &command, fuzzing::length(fuzz), |line| {
+    let outcome = qemu::run(bench, guest, &command, fuzzing::length(fuzz), |line| {
         println!("{kernel}| {line}");
         output.line(line);
         fuzzed.line(line);

@@ -3,7 +3,7 @@
 //! What every task works with: the project, the cache, and the build root and
 //! the list of kernels, which are made when a task first asks for them.
 
-use std::cell::{OnceCell, RefCell};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::Result;
 
@@ -19,8 +19,8 @@ pub(crate) struct Workbench {
     pub(crate) cache: Cache,
     /// Whether the archive is still to be asked again, as the user wants.
     refresh: bool,
-    root: OnceCell<Root>,
-    kernels: RefCell<Option<Kernels>>,
+    root: OnceLock<Root>,
+    kernels: Mutex<Option<Kernels>>,
 }
 
 impl Workbench {
@@ -29,8 +29,8 @@ impl Workbench {
             project: Project::find()?,
             cache: Cache::open()?,
             refresh,
-            root: OnceCell::new(),
-            kernels: RefCell::new(None),
+            root: OnceLock::new(),
+            kernels: Mutex::new(None),
         })
     }
 
@@ -48,15 +48,20 @@ impl Workbench {
     /// Those of an earlier run are kept as long as `enough` says that what they
     /// need is in the cache; otherwise the archive is asked, once.
     pub(crate) fn kernels(&self, enough: impl Fn(&Kernels) -> bool) -> Result<Kernels> {
-        if let Some(kernels) = &*self.kernels.borrow() {
+        if let Some(kernels) = &*self.asked() {
             return Ok(kernels.clone());
         }
         let known = archive::read(&self.cache).filter(|kernels| !self.refresh && enough(kernels));
         let Some(known) = known else {
             let found = archive::ask(self.root()?, &self.cache)?;
-            self.kernels.replace(Some(found.clone()));
+            self.asked().replace(found.clone());
             return Ok(found);
         };
         Ok(known)
+    }
+
+    /// What the archive said, if it was asked.
+    fn asked(&self) -> MutexGuard<'_, Option<Kernels>> {
+        self.kernels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
