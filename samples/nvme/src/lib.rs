@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! An NVMe 1.4 controller with one namespace, over a file or a block device.
 //!
-//! A command's way through the files: a doorbell wakes a worker ([`controller`]), which fetches the
-//! command, has it carried out and posts its completion ([`queue`]). [`admin`] is about the
-//! controller ([`identify`], [`log_page`], [`feature`], [`event`]), [`io`] about blocks: [`transfer`]
-//! finds the host's memory by [`prp`] or [`sgl`], and an [`engine`] moves the data between it and a
-//! [`backing`], without a copy where the memory can be mapped. [`regs`] is what the registers say,
-//! [`sys`] the system calls.
+//! A command's way through the files: a doorbell wakes a worker (`controller`), which fetches the
+//! command, has it carried out and posts its completion (`queue`). `admin` is about the
+//! controller (`identify`, `log_page`, `feature`, `event`), `io` about blocks: `transfer`
+//! finds the host's memory by `prp` or `sgl`, and an `engine` moves the data between it and a
+//! [`backing`], without a copy where the memory can be mapped. `regs` is what the registers say,
+//! `sys` the system calls.
 //!
 //! # Threads
 //!
@@ -17,7 +17,7 @@
 //! # Restart
 //!
 //! The process may be killed at any instruction and started again, and each command completes exactly
-//! once. What the controller is lies in [`kept`], libmuser's [`State`](libmuser::State), which changes as
+//! once. What the controller is lies in `kept`, libmuser's [`State`](libmuser::State), which changes as
 //! a whole or not at all. In this order:
 //!
 //! 1. Commands are *fetched* by one change: the head of the queue goes on, and the commands are copied

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A PCI serial port: a 16550A behind eight I/O ports, as Linux' `8250_pci` knows it by its class.
 //!
-//! [`uart`] is the chip, [`line`] what it is joined to (a pseudo-terminal, a socket, or the program's
-//! own input and output), and [`mover`] the thread that carries bytes between them.
+//! `uart` is the chip, `line` what it is joined to (a pseudo-terminal, a socket, or the program's
+//! own input and output), and `mover` the thread that carries bytes between them.
 //!
 //! # No byte is lost
 //!
