@@ -14,7 +14,8 @@ const DESCRIPTORS: u32 = 0x03;
 pub(crate) fn data(core: &Core, cns: u32, nsid: u32) -> Result<Vec<u8>, Status> {
     match cns {
         NAMESPACE_DATA => match nsid {
-            NAMESPACE | ALL_NAMESPACES => Ok(namespace(core)),
+            // What all have in common is told by controllers that manage namespaces, only.
+            NAMESPACE => Ok(namespace(core)),
             _ => Err(Status::INVALID_NAMESPACE),
         },
         CONTROLLER => Ok(controller(core)),

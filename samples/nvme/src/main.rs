@@ -25,3 +25,54 @@ fn main() -> ExitCode {
         Nvme::new(bus, &settings, arguments.controller.backing()?)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    const UUID: &str = "c9abdcb5-5279-413a-9057-c81d2605ce9c";
+
+    fn parse(arguments: &[&str]) -> Result<Arguments, clap::Error> {
+        Arguments::try_parse_from(std::iter::once(&"nvme").chain(arguments))
+    }
+
+    #[test]
+    fn options_do_not_contradict_each_other() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn file_is_needed_to_serve_and_not_to_print() {
+        assert!(parse(&["--uuid", UUID]).is_err());
+        assert!(parse(&["--print-capabilities"]).is_ok());
+        assert!(parse(&["--uuid", UUID, "--file", "disk"]).is_ok());
+    }
+
+    #[test]
+    fn values_that_can_not_be_are_refused() {
+        let parse = |more: [&str; 2]| {
+            let file = ["--uuid", UUID, "--file", "disk"];
+            parse(&[&file[..], &more].concat())
+        };
+        for good in [
+            ["--queues", "64"],
+            ["--block-size", "4096"],
+            ["--size", "10G"],
+            ["--io", "sync"],
+            ["--serial", "0001"],
+        ] {
+            assert!(parse(good).is_ok(), "{good:?}");
+        }
+        for bad in [
+            ["--queues", "0"],
+            ["--queues", "65"],
+            ["--block-size", "1024"],
+            ["--size", "0"],
+            ["--io", "magic"],
+            ["--serial", ""],
+        ] {
+            assert!(parse(bad).is_err(), "{bad:?}");
+        }
+    }
+}

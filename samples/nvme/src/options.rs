@@ -14,6 +14,7 @@ const SERIAL: usize = 20;
 
 /// Options of a program that serves a controller.
 #[derive(Clone, Debug, clap::Args)]
+#[group(id = "controller")]
 pub struct Options {
     /// Keep the blocks in this file or block device
     #[arg(

@@ -140,10 +140,12 @@ impl Worker {
         });
         let _ = wake.read();
         if let Err(error) = waited {
-            log::error!(
-                "queue {}: waiting for input and output: {error}",
-                self.queue
-            );
+            // What is under way can't be forgotten: the kernel uses its memory. So it is asked again.
+            if core.is_live() {
+                let queue = self.queue;
+                core.fail(&format_args!("input and output of queue {queue}: {error}"));
+            }
+            std::thread::yield_now();
         }
     }
 

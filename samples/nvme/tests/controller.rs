@@ -104,6 +104,7 @@ fn controller_and_namespace_describe_themselves() {
 
     for (command, status) in [
         (identify(0, 2), 0x0b | DNR),
+        (identify(0, u32::MAX), 0x0b | DNR),
         (identify(3, 0), 0x0b | DNR),
         (identify(2, u32::MAX), 0x0b | DNR),
         (identify(0xff, 0), 0x02 | DNR),

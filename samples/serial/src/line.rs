@@ -19,7 +19,7 @@ pub use stdio::Stdio;
 
 /// Which line a program is to join its port to.
 #[derive(Clone, Debug, clap::Args)]
-#[group(required = false, multiple = false)]
+#[group(id = "line", required = false, multiple = false)]
 pub struct Options {
     /// Join the port to a new pseudo-terminal, with a symbolic link LINK to it
     #[arg(long, value_name = "LINK", num_args = 0..=1)]

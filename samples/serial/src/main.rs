@@ -27,3 +27,29 @@ fn main() -> ExitCode {
             Serial::new(bus, line()?)
         })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    const UUID: &str = "c9abdcb5-5279-413a-9057-c81d2605ce9c";
+
+    fn parse(arguments: &[&str]) -> Result<Arguments, clap::Error> {
+        Arguments::try_parse_from(std::iter::once(&"serial").chain(arguments))
+    }
+
+    #[test]
+    fn options_do_not_contradict_each_other() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn line_is_of_one_kind() {
+        assert!(parse(&["--uuid", UUID]).is_ok());
+        assert!(parse(&["--uuid", UUID, "--pty"]).is_ok());
+        assert!(parse(&["--uuid", UUID, "--pty", "/run/console"]).is_ok());
+        assert!(parse(&["--uuid", UUID, "--stdio", "--pty"]).is_err());
+        assert!(parse(&["--uuid", UUID, "--stdio", "--listen", "/run/line"]).is_err());
+    }
+}
