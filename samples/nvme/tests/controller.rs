@@ -559,6 +559,54 @@ fn death_at_any_moment_completes_each_command_once() {
 }
 
 #[test]
+fn deaths_under_the_load_of_many_queues_lose_and_double_nothing() {
+    const ROUNDS: usize = 150;
+    let (mut driver, _directory) = start();
+    let pairs: Vec<_> = (1..=4).map(|id| driver.create(id, 16)).collect();
+    let driver = &driver;
+    let load = |mut pair: Pair| {
+        let buffers: Vec<_> = (0..10).map(|_| driver.pages(1)).collect();
+        let first = u64::from(pair.id) * 1024;
+        for round in 0..ROUNDS {
+            let byte = u8::try_from(round % 251).unwrap();
+            for opcode in [1, 2] {
+                let fill = if opcode == 1 { byte } else { 0xff };
+                let mut waiting = BTreeSet::new();
+                for (lba, at) in (first..).step_by(8).zip(&buffers) {
+                    driver.machine.store(*at, &[fill; 4096]);
+                    waiting.insert(driver.put(&mut pair, &io(driver, opcode, lba, *at)));
+                }
+                driver.ring(&pair);
+                while !waiting.is_empty() {
+                    let entry = driver.next(&mut pair);
+                    assert_eq!(entry.status, 0);
+                    assert!(waiting.remove(&entry.cid), "{} in {round}", entry.cid);
+                }
+            }
+            for at in &buffers {
+                assert!(driver.bytes(*at, 4096) == [byte; 4096], "{round}");
+            }
+        }
+        assert_eq!(driver.peek(&pair), None);
+    };
+    let load = &load;
+    thread::scope(|scope| {
+        let threads: Vec<_> = pairs
+            .into_iter()
+            .map(|pair| scope.spawn(move || load(pair)))
+            .collect();
+        let mut deaths = 0;
+        while threads.iter().any(|thread| !thread.is_finished()) {
+            let moment = [Moment::Taken, Moment::Replying][deaths % 2];
+            driver.machine.stop.die_at(moment);
+            driver.read32(CSTS);
+            deaths += 1;
+        }
+        assert!(deaths > 20, "{deaths}");
+    });
+}
+
+#[test]
 fn death_amid_administration_changes_once() {
     let (mut driver, _directory) = start();
     let request = Command::new(EVENT_REQUEST, 0);
