@@ -117,8 +117,8 @@ pub(crate) fn check_pages(bench: &Workbench) -> Result<()> {
 
 /// The first thing that is wrong with a page, which is to have these sections.
 fn lint(text: &str, sections: &[&str]) -> Option<String> {
-    const MACROS: [&str; 12] = [
-        "TH", "SH", "SS", "PP", "TP", "RS", "RE", "nf", "fi", "sp", "br", "ie",
+    const MACROS: [&str; 13] = [
+        "TH", "SH", "SS", "PP", "TP", "IP", "RS", "RE", "nf", "fi", "sp", "br", "ie",
     ];
     let has = |section: &&&str| {
         let section: &str = section;
