@@ -17,13 +17,14 @@ use crate::workbench::Workbench;
 /// Programs with a page of their own; of muserctl, each command that `--help` shows has one too.
 const SAMPLES: [&str; 2] = ["counter", "gpio"];
 /// Commands of muserctl.
-const COMMANDS: [&str; 7] = [
+const COMMANDS: [&str; 8] = [
     "list",
     "types",
     "create",
     "remove",
     "show",
     "set",
+    "probe",
     "supervise",
 ];
 /// What each page has, and those of programs.
