@@ -69,6 +69,15 @@
 //! [`Poller`] serves many devices from one thread. The handles that a [`Bus`] gives out
 //! ([`Interrupts`], [`SharedMemory`], [`State`], [`Dma`]) work from any thread.
 //!
+//! # Signals
+//!
+//! A peer on a socket shares memory as files, and can cut a file short while it is mapped here: the
+//! next access to what is gone is a SIGBUS. The library installs a handler for that signal with the
+//! first such mapping. Where a file of a peer's has nothing any more, the handler puts zeroes, and
+//! the access goes on: it reads zeroes, and what it writes is lost. Every other SIGBUS goes to the
+//! handler that was there before, or ends the process. Who installs one later passes on what is not
+//! his own; threads that touch a peer's memory do not block the signal.
+//!
 //! # Restart
 //!
 //! A process may be killed at any moment, and started again: its clients wait, and notice nothing

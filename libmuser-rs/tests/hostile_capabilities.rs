@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Capabilities of any JSON, and of none.
 
+#![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+
 use std::cell::Cell;
 
 use proptest::prelude::*;
@@ -9,7 +11,7 @@ use serde_json::{Map, Number, Value};
 mod hostile;
 mod raw;
 
-use hostile::{attack, message, Target, CONFIG};
+use hostile::{attack, longs, message, words, Target, CONFIG, DATA, IOVA, PAGE};
 use raw::RawClient;
 
 /// Any JSON, in which the names that mean something are common.
@@ -137,10 +139,26 @@ fn numbers_at_their_limits_are_taken_or_refused() {
 }
 
 #[test]
-fn client_that_takes_one_byte_at_a_time_is_served() {
+fn client_that_takes_few_bytes_at_a_time_is_asked_for_no_more() {
     attack(|target| {
-        let text = b"{\"capabilities\":{\"max_data_xfer_size\":1}}\0";
+        let text = b"{\"capabilities\":{\"max_data_xfer_size\":2}}\0";
+        let mut client = offer(target, [0, 1], text).expect("it is served");
+        assert_eq!(client.dma_map(0, PAGE, 3, None), Ok(()));
+        assert_eq!(client.write(CONFIG, 4, &[4, 0]), Ok(2));
+        assert_eq!(client.write(0, IOVA, &longs(&[8])), Ok(8));
+        let read = [longs(&[DATA]), words(&[0, 8])].concat();
+        client.send_bytes(&message(77, 9, &read), &[]);
 
-        let client = offer(target, [0, 1], text);
+        for part in [8, 10, 12, 14] {
+            let asked = client.receive();
+            assert_eq!(asked.payload, longs(&[part, 2]));
+            let data = [longs(&[part, 2]), vec![1, 2]].concat();
+            let mut reply = message(asked.header.id, 11, &data);
+            reply[8] = 1;
+            client.send_bytes(&reply, &[]);
+        }
+
+        let read = client.receive();
+        assert_eq!(read.payload[16..], [1, 2, 1, 2, 1, 2, 1, 2]);
     });
 }

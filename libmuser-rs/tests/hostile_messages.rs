@@ -61,7 +61,7 @@ fn message_cut_off_at_every_byte_ends_the_session_only() {
 #[test]
 fn message_split_at_every_byte_is_one_message() {
     attack(|target| {
-        let mut client = target.client();
+        let client = target.client();
         for (command, payload) in good_messages() {
             let message = message(7, command, &payload);
             for cut in 1..message.len() {
@@ -309,7 +309,7 @@ fn access_beyond_what_there_is_is_refused() {
             let read = client.read(region, offset, count);
             assert!(read.is_err(), "{region} {offset:#x} {count:#x}: {read:?}");
             let few = usize::try_from(count).unwrap().min(16);
-            if few as u32 == count {
+            if u32::try_from(few) == Ok(count) {
                 let written = client.write(region, offset, &vec![1; few]);
                 assert!(written.is_err(), "{region} {offset:#x} {count:#x}");
             }

@@ -88,7 +88,11 @@ const DEEDS: [Deed; 18] = [
     },
     |client| client.set_irqs(0, 0, IrqAction::Unmask, IrqData::Bools(&[true])),
     |client| client.has_feature(6, false, true).map(drop),
-    |client| client.start_dirty_log(&[0..0x10_0000]).map(drop),
+    |client| {
+        client
+            .start_dirty_log(&[0..0x4000, 0x8000..0x10_0000])
+            .map(drop)
+    },
     |client| {
         for page in client.dirty_pages(0..0x10_0000)? {
             assert!(page % 4096 == 0 && page < 0x10_0000);

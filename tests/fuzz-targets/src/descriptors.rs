@@ -27,7 +27,7 @@ impl Kinds {
     pub(crate) fn new() -> Self {
         let plain = memory(SealFlag::empty());
         let shrinking = vec![plain.try_clone().expect("there is room")];
-        let (reader, writer) = std::io::pipe().expect("there is room");
+        let (reader, writer) = nix::unistd::pipe().expect("there is room");
         let (socket, _) = UnixStream::pair().expect("there is room");
         let all: Vec<OwnedFd> = vec![
             plain.into(),
@@ -35,8 +35,8 @@ impl Kinds {
             memory_for_reading().into(),
             memory(SealFlag::F_SEAL_SHRINK).into(),
             memory(SealFlag::F_SEAL_WRITE).into(),
-            reader.into(),
-            writer.into(),
+            reader,
+            writer,
             socket.into(),
             open("/", 0).into(),
             open("/dev/null", 0).into(),

@@ -17,10 +17,13 @@ mod socket;
 
 pub use input::Input;
 
+/// Does what an input says, and panics where something is wrong.
+pub type Target = fn(&[u8]);
+
 /// A target by its name.
 #[must_use]
-pub fn target(name: &str) -> Option<fn(&[u8])> {
-    let all: [(&str, fn(&[u8])); 3] = [
+pub fn target(name: &str) -> Option<Target> {
+    let all: [(&str, Target); 3] = [
         ("client", client::run),
         ("config", config::run),
         ("server", server::run),

@@ -10,7 +10,7 @@ static ALONE: Mutex<()> = Mutex::new(());
 /// Runs a target with each file of its folders; tells how many those were.
 fn replay(name: &str) -> usize {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let run = muser_fuzz_targets::target(name).unwrap();
+    let run = muser_fuzz_targets::target(name).expect("it is one of them");
     let mut count = 0;
     for folder in ["corpus", "regressions"] {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -21,10 +21,10 @@ fn replay(name: &str) -> usize {
             continue;
         };
         for file in files {
-            let path = file.unwrap().path();
+            let path = file.expect("it can be listed").path();
             // The last line of a panic's output.
             println!("{}", path.display());
-            run(&std::fs::read(&path).unwrap());
+            run(&std::fs::read(&path).expect("it can be read"));
             count += 1;
         }
     }

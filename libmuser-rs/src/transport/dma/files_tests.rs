@@ -246,11 +246,8 @@ fn file_cut_short_reads_as_zeroes_until_it_is_mapped_again() {
 #[test]
 fn file_that_can_only_be_read_is_read() {
     // A file of a page in sysfs, which has no mappings.
-    let path = "/sys/kernel/vmcoreinfo";
-    let Ok(file) = File::open(path) else {
-        eprintln!("skipped: there is no {path} here");
-        return;
-    };
+    let path = "/sys/devices/system/cpu/possible";
+    let file = File::open(path).unwrap();
     let expected = std::fs::read(path).unwrap();
     let memory = Memory::from_fd(&FileCache::default(), copy(&file), 0, PAGE, Read).unwrap();
     assert!(matches!(memory, Memory::File(..)), "{memory:?}");
@@ -303,23 +300,17 @@ fn file_that_is_not_mapped_never_grows() {
 }
 
 #[test]
+#[ignore = "it needs two free huge pages of 2 MiB (/proc/sys/vm/nr_hugepages)"]
 fn huge_pages_are_mapped_from_where_they_start() {
     const HUGE: u64 = 2 << 20;
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
-    let file = match memfd_create("huge", flags) {
-        Ok(file) => File::from(file),
-        Err(error) => return eprintln!("skipped: no huge pages here: {error}"),
-    };
+    let file = File::from(memfd_create("huge", flags).unwrap());
     file.set_len(2 * HUGE).unwrap();
     // An offset inside of a huge page: the client's pages are small ones.
     let offset = HUGE + 3 * PAGE;
     let memory = Memory::from_fd(&FileCache::default(), copy(&file), offset, PAGE, ReadWrite);
-    let memory = match memory {
-        Err(Number::ENOMEM) => return eprintln!("skipped: no huge page is free"),
-        other => other.unwrap(),
-    };
     let table = DmaTable::default();
-    table.map(0, PAGE, ReadWrite, memory).unwrap();
+    table.map(0, PAGE, ReadWrite, memory.unwrap()).unwrap();
 
     table.write(&[(8, b"huge")]).unwrap();
     let mut seen = [0; 4];
