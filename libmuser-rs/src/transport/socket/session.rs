@@ -246,7 +246,7 @@ impl Session {
         body: &mut Vec<u8>,
     ) -> std::result::Result<Option<Incoming>, StreamError> {
         if let Some((incoming, queued)) = self.queue.pop_front() {
-            self.queued -= cost(&queued);
+            self.queued -= cost(&incoming, &queued);
             self.riders -= incoming.descriptors.kept().len();
             *body = queued;
             return Ok(Some(incoming));
@@ -256,14 +256,14 @@ impl Session {
 
     /// Puts a message back that could not be handled.
     pub(super) fn put_back(&mut self, incoming: Incoming, body: Vec<u8>) {
-        self.queued += cost(&body);
+        self.queued += cost(&incoming, &body);
         self.riders += incoming.descriptors.kept().len();
         self.queue.push_front((incoming, body));
     }
 
     /// Puts a message behind those which wait.
     pub(super) fn put_behind(&mut self, incoming: Incoming, body: Vec<u8>) {
-        self.queued += cost(&body);
+        self.queued += cost(&incoming, &body);
         self.riders += incoming.descriptors.kept().len();
         self.queue.push_back((incoming, body));
     }
@@ -437,9 +437,12 @@ impl Session {
     }
 }
 
-/// What a message that waits takes.
-fn cost(body: &[u8]) -> usize {
-    body.len() + size_of::<(Incoming, Vec<u8>)>()
+/// What a message that waits takes. A process has few descriptors, so that a few hundred of them are
+/// as much as can wait.
+fn cost(incoming: &Incoming, body: &[u8]) -> usize {
+    const DESCRIPTOR: usize = MAX_QUEUED / 256;
+    let descriptors = incoming.descriptors.kept().len() * DESCRIPTOR;
+    body.len() + descriptors + size_of::<(Incoming, Vec<u8>)>()
 }
 
 pub(super) fn to_errno(errno: nix::errno::Errno) -> Errno {
