@@ -5,9 +5,10 @@
 //! a [journal], so that a kill at any instruction leaves the state before a change or the one
 //! after; with a change goes the [entry](once) which says that an access is done.
 
+use std::ops::Range;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::error::{Errno, Error, Result};
 use crate::memory::SharedMemory;
@@ -33,6 +34,8 @@ pub(crate) struct Store {
     /// of all of them when the first new request is taken.
     taking: Mutex<()>,
     expects_replays: AtomicBool,
+    /// Held, shared, from the look whether it is sealed to the end of a change that counts on it.
+    sealing: RwLock<()>,
 }
 
 #[derive(Debug)]
@@ -53,6 +56,7 @@ impl Store {
             inner,
             taking: Mutex::default(),
             expects_replays: AtomicBool::new(recovered),
+            sealing: RwLock::default(),
         };
         Ok((store, recovered))
     }
@@ -101,6 +105,7 @@ impl Store {
 
     /// From now on nothing is saved: the next server may have the memory.
     pub(crate) fn seal(&self) {
+        let _alone = self.sealing.write().unwrap_or_else(PoisonError::into_inner);
         self.lock().journal.seal();
     }
 
@@ -112,6 +117,14 @@ impl Store {
         let inner = self.lock();
         let parts = *inner.journal.parts();
         inner.journal.home()[parts.at_author()..][..parts.author].to_vec()
+    }
+
+    /// Saves parts of the author's part, each with where in it it starts.
+    fn save_author_parts(&self, parts: &[(usize, &[u8])]) -> Result<()> {
+        let mut inner = self.lock();
+        let author = inner.journal.parts().at_author();
+        let parts: Vec<_> = parts.iter().map(|(at, new)| (author + at, *new)).collect();
+        inner.journal.commit(&parts)
     }
 
     fn save_author(&self, new: &[u8], done: Option<(Key, u64)>) -> Result<()> {
@@ -147,6 +160,7 @@ impl Inner {
     }
 }
 
+const ENDED: &str = "the server has ended, and the device's state belongs to the next";
 const TWICE: &str = "one access can do only one thing once";
 const FULL: &str = "too many accesses of too long requests are in flight to do each of them once";
 
@@ -227,6 +241,53 @@ impl State {
         result
     }
 
+    /// Changes some parts of the bytes, all at once as [`update`](Self::update) does, at the cost of
+    /// those parts however many bytes there are. For a device that keeps much and changes little of
+    /// it often; and for one whose own threads must not do what nobody will remember: the end of the
+    /// server waits for a closure that was called.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: the parts are not within the bytes, or not one after the other. `ENODEV`: the server
+    /// has ended, so nothing is kept any more. In both cases the closure was not called.
+    pub fn update_parts<const N: usize, R>(
+        &self,
+        parts: [Range<usize>; N],
+        work: impl FnOnce([&mut [u8]; N]) -> R,
+    ) -> Result<R> {
+        let store = &self.inner.store;
+        let mut bytes = self.lock();
+        let sealing = store.sealing.read();
+        let _kept = sealing.unwrap_or_else(PoisonError::into_inner);
+        if store.is_sealed() {
+            return Err(Error::new(Errno::ENODEV, ENDED));
+        }
+        let mut rest = 0;
+        for part in &parts {
+            if part.start < rest || part.end < part.start || part.end > bytes.len() {
+                let message = format!("no part {part:?} of the state, behind {rest}");
+                return Err(Error::new(Errno::EINVAL, message));
+            }
+            rest = part.end;
+        }
+        let result = self.work(&mut bytes, |bytes| {
+            let (mut rest, mut at) = (bytes, 0);
+            work(std::array::from_fn(|number| {
+                let part = &parts[number];
+                let (_, after) = std::mem::take(&mut rest).split_at_mut(part.start - at);
+                let (part_bytes, after) = after.split_at_mut(part.len());
+                (rest, at) = (after, part.end);
+                part_bytes
+            }))
+        });
+        let changed = parts.map(|part| (part.start, &bytes[part]));
+        let saved = store.save_author_parts(&changed);
+        if saved.is_err() {
+            bytes.copy_from_slice(&store.author());
+        }
+        saved.map(|()| result)
+    }
+
     /// Does something exactly once for an access, however often it is replayed: changes the bytes
     /// and remembers, in one atomic step, that this access is done and with what result. For a
     /// replay of an access that is done, the closure is not called, and the result is that of then.
@@ -244,8 +305,7 @@ impl State {
         let store = &self.inner.store;
         let mut bytes = self.lock();
         if store.is_sealed() {
-            let message = "the server has ended, and the device's state belongs to the next";
-            return Err(Error::new(Errno::ENODEV, message));
+            return Err(Error::new(Errno::ENODEV, ENDED));
         }
         // What is not a request, as in a device's own tests, is never replayed.
         let key = (access.request != RequestId::NONE)

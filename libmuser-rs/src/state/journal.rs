@@ -28,7 +28,7 @@
 
 use std::sync::atomic::{fence, Ordering};
 
-use crate::error::{Error, Result};
+use crate::error::{Errno, Error, Result};
 use crate::hash::hash;
 use crate::memory::SharedMemory;
 
@@ -196,6 +196,10 @@ impl Journal {
                 log.extend(((end - start) as u64).to_ne_bytes());
                 log.extend(&new[start..end]);
             }
+        }
+        if log.len() > self.parts.log() {
+            let message = "a change of more parts than there is room to remember";
+            return Err(Error::new(Errno::EINVAL, message));
         }
         if !log.is_empty() {
             self.put(HEADER + self.home.len(), &log)?;

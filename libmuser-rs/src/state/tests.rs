@@ -380,3 +380,74 @@ fn change_of_everything_fits_the_log() {
         }
     }
 }
+
+#[test]
+fn kill_at_any_store_leaves_all_parts_changed_or_none() {
+    let memory = fresh();
+    let (store, _) = open(&memory).unwrap();
+    let observer = Observer::default();
+    store.lock().journal.observer = Some(observer.clone());
+    let state = State::new(Arc::clone(&store));
+
+    let sum = state.update_parts([3..10, 10..10, 100..290], |[one, none, other]| {
+        assert!(none.is_empty());
+        one.fill(7);
+        other.fill(7);
+        one.len() + other.len()
+    });
+
+    assert_eq!(sum.unwrap(), 197);
+    let images = observer.take();
+    assert!(images.len() > 20, "{}", images.len());
+    let mut expected = [0; 300];
+    expected[3..10].fill(7);
+    expected[100..290].fill(7);
+    for bytes in images {
+        let found = recover(&bytes).author();
+        assert!(found == expected || found == [0; 300], "{found:?}");
+    }
+    assert_eq!(state.read(<[u8]>::to_vec), expected);
+}
+
+#[test]
+fn parts_outside_or_in_disorder_are_refused() {
+    let memory = fresh();
+    let (store, _) = open(&memory).unwrap();
+    let state = State::new(store);
+
+    for parts in [[0..10, 9..20], [20..30, 0..10], [0..10, 299..301]] {
+        let result = state.update_parts(parts.clone(), |_| panic!("{parts:?}"));
+        assert_eq!(result.unwrap_err().errno(), Errno::EINVAL);
+    }
+}
+
+#[test]
+fn parts_that_panic_are_as_before() {
+    let memory = fresh();
+    let (store, _) = open(&memory).unwrap();
+    let state = State::new(store);
+
+    let work = AssertUnwindSafe(|| {
+        let all = 0..300;
+        state.update_parts([all], |[bytes]| {
+            bytes.fill(1);
+            panic!("as it should");
+        })
+    });
+
+    assert!(catch_unwind(work).is_err());
+    assert_eq!(state.read(<[u8]>::to_vec), [0; 300]);
+}
+
+#[test]
+fn parts_after_the_end_are_not_touched() {
+    let memory = fresh();
+    let (store, _) = open(&memory).unwrap();
+    let state = State::new(Arc::clone(&store));
+    store.seal();
+
+    let first = 0..1;
+    let result = state.update_parts([first], |_| panic!("it has ended"));
+
+    assert_eq!(result.unwrap_err().errno(), Errno::ENODEV);
+}

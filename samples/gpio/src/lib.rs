@@ -92,6 +92,15 @@ impl Gpio {
         Ok(reads / toggle * 0xff)
     }
 
+    /// Sets one group of outputs, and tells the operator who wants to know (`-v`) what all are now.
+    fn drive(&self, group: usize, byte: u8) {
+        let outputs = self.state.update(|bytes| {
+            bytes[OUTPUTS + group] = byte;
+            u16::from_le_bytes([bytes[OUTPUTS], bytes[OUTPUTS + 1]])
+        });
+        log::debug!("outputs: {outputs:#06x}");
+    }
+
     fn clear_interrupt(&self) -> Result<()> {
         self.keep(STATUS, 0);
         self.interrupts.lower(0)
@@ -117,8 +126,8 @@ impl Device for Gpio {
     fn write(&mut self, access: Access, value: u64) -> Result<()> {
         let [byte, ..] = value.to_le_bytes();
         match access.offset {
-            OUT_0_7 => self.keep(OUTPUTS, byte),
-            OUT_8_15 => self.keep(OUTPUTS + 1, byte),
+            OUT_0_7 => self.drive(0, byte),
+            OUT_8_15 => self.drive(1, byte),
             CLEAR_INTERRUPT => self.clear_interrupt()?,
             ENABLE_IRQ => {
                 self.keep(IRQ_ENABLED, 0);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The command line, and the help which is muserctl's manual page.
 
+use crate::probe::{self, Place};
 use crate::sysfs::Roots;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use libmuser::cli::manual::{self, Section};
@@ -53,14 +54,18 @@ Remove a device, and give its client ten seconds to let go:
 
 Serve a sample at a socket, and start it again when it dies:
 
-    muserctl supervise --socket-path /tmp/gpio.sock -- gpio",
+    muserctl supervise --socket-path /tmp/gpio.sock -- gpio
+
+See what a vfio-user server has to offer, and four bytes of its BAR 2:
+
+    muserctl probe /tmp/gpio.sock --read 2:0:4",
     ),
     (
         "JSON",
         "\
-{\"schema\": 1, \"types\": [...]} or {\"schema\": 1, \"devices\": [...]}. Integers are exact, an
-unknown value is null, and no key is ever left out; new keys may come. tools/muserctl/README.md
-lists all.",
+{\"schema\": 1, \"types\": [...]}, the same with \"devices\", or with \"probe\". Integers are exact,
+an unknown value is null, and no key is ever left out; new keys may come.
+tools/muserctl/README.md lists all.",
     ),
     (
         "EXIT STATUS",
@@ -189,6 +194,21 @@ pub(crate) enum Command {
         /// An attribute and its new value; K, M and G stand for powers of 1024
         #[arg(required = true, value_name = "NAME=VALUE", value_parser = assignment)]
         assignments: Vec<Assignment>,
+    },
+    /// Connects to a vfio-user server as a client, and shows its device
+    ///
+    /// The server may be any program that speaks the protocol, such as `gpio --socket-path SOCKET`. It
+    /// is asked and read from; nothing is written to the device, but it notices a client that comes
+    /// and goes.
+    Probe {
+        /// The server's UNIX socket
+        socket: PathBuf,
+        /// Reads from a region as well: its index, an offset and how many bytes; may be repeated. A
+        /// read of a register may have effects of its own
+        #[arg(long, value_name = "REGION:OFFSET:BYTES", value_parser = probe::place)]
+        read: Vec<Place>,
+        #[command(flatten)]
+        output: Output,
     },
     /// Serves a device at a vfio-user socket by a program that may die, and starts it again
     ///

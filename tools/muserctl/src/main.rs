@@ -3,7 +3,7 @@
 //!
 //! It is a thin face of what the module shows: sysfs for what exists ([`sysfs`]), the query ioctl
 //! of `/dev/muser/UUID` for the state ([`device`]). It keeps nothing, so mdevctl and libvirt may
-//! manage the same devices.
+//! manage the same devices. Of devices without a kernel it asks their server ([`probe`]).
 //!
 //! [`supervise`] is another matter: a device at a socket, for which muserctl itself is what the
 //! kernel is for the others.
@@ -14,6 +14,7 @@ mod cli;
 mod device;
 mod error;
 mod give;
+mod probe;
 mod process;
 mod remove;
 mod supervise;
@@ -27,6 +28,7 @@ use cli::{Assignment, Cli, Command};
 use device::{Device, Summary};
 use error::{reason, Error, Result};
 use libmuser::cli::manual;
+use probe::Probe;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use std::io::{self, Write};
 use std::path::Path;
@@ -53,6 +55,14 @@ fn main() -> ExitCode {
         Command::Set { uuid, assignments } => {
             set(&roots, &uuid, &assignments).map(|()| String::new())
         }
+        Command::Probe {
+            socket,
+            read,
+            output,
+        } => Probe::of(&socket, &read).and_then(|probe| match output.json {
+            true => json("probe", &probe),
+            false => Ok(probe.text()),
+        }),
         Command::Give { path } => give::give(&roots, &path).map(|()| String::new()),
         Command::Supervise(options) => return supervise::run(&options),
         Command::PrintMan { command } => page(command.as_deref()),

@@ -243,7 +243,7 @@ fn areas(region: &Region) -> String {
 }
 
 /// A number of bytes, for people and exactly: `4 KiB (4096)`.
-fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
     let Some((shift, unit)) = units.into_iter().find(|(shift, _)| bytes >> shift != 0) else {
         return format!("{bytes} B");

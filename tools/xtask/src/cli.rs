@@ -31,6 +31,7 @@ ENVIRONMENT
 FILES
     tests/kernel/*.config     configuration fragments of the kernels built here
     tests/e2e/guest/init      what runs first in a guest
+    target/xtask/vmm/log/     what QEMU, its guests and the samples said
     target/xtask/KERNEL/      muser.ko, the guest's image and its console log
     target/xtask/log/         the full output of every step";
 
@@ -58,7 +59,7 @@ pub(crate) enum Task {
     /// about 8 minutes more to prepare.
     Demo(Boot),
 
-    /// Run every test there is: lints, host tests, and the suite in each kernel
+    /// Run every test there is: lints, host tests, devices in QEMU, and the suite in each kernel
     ///
     /// Ends with a list of what failed and why, and the line `N passed, N
     /// failed`. About 15 minutes when everything is prepared, and less than an
@@ -284,6 +285,66 @@ pub(crate) struct Test {
     /// Leave the tests out that need no kernel
     #[arg(long)]
     pub(crate) no_host: bool,
+
+    /// Leave the tests out that have QEMU as a client over the socket
+    #[arg(long)]
+    pub(crate) no_vmm: bool,
+
+    /// Run this part alone; given several times, these parts
+    #[arg(long, conflicts_with_all = ["kernel", "no_check", "no_host", "no_vmm"])]
+    pub(crate) only: Vec<Stage>,
+}
+
+impl Test {
+    /// Whether a part of the tests was asked for.
+    pub(crate) fn wants(&self, stage: Stage) -> bool {
+        if !self.only.is_empty() {
+            return self.only.contains(&stage);
+        }
+        match stage {
+            // Lints have no names to filter by.
+            Stage::Check => !self.no_check && self.filter.is_none(),
+            Stage::Host => !self.no_host,
+            // One test, of that name.
+            Stage::Fuzz => {
+                let named = |filter: &String| "fuzz".contains(filter.as_str());
+                !self.no_host && self.filter.as_ref().is_none_or(named)
+            }
+            Stage::Vmm => !self.no_vmm,
+            Stage::Stock => self.kernel.has(Kernel::Stock),
+            Stage::Small => self.kernel.has(Kernel::Small),
+            Stage::Debug => self.kernel.has(Kernel::Debug),
+        }
+    }
+}
+
+/// A part of the tests.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub(crate) enum Stage {
+    /// Every lint
+    Check,
+    /// What needs no kernel
+    Host,
+    /// Half a minute of each fuzz target, where the toolchain has what it takes
+    Fuzz,
+    /// QEMU as a client over the socket, without a guest and with one
+    Vmm,
+    /// The suite in Debian's own kernel
+    Stock,
+    /// The suite in the small kernel
+    Small,
+    /// The suite in the debug kernel
+    Debug,
+}
+
+impl From<Kernel> for Stage {
+    fn from(kernel: Kernel) -> Self {
+        match kernel {
+            Kernel::Stock => Self::Stock,
+            Kernel::Small => Self::Small,
+            Kernel::Debug => Self::Debug,
+        }
+    }
 }
 
 /// A kernel that the module is built for and tested in.
@@ -331,13 +392,54 @@ pub(crate) enum Selection {
 }
 
 impl Selection {
-    pub(crate) fn kernels(self) -> Vec<Kernel> {
+    fn has(self, kernel: Kernel) -> bool {
         match self {
-            Self::All => Kernel::ALL.to_vec(),
-            Self::Stock => vec![Kernel::Stock],
-            Self::Small => vec![Kernel::Small],
-            Self::Debug => vec![Kernel::Debug],
-            Self::None => Vec::new(),
+            Self::All => true,
+            Self::Stock => kernel == Kernel::Stock,
+            Self::Small => kernel == Kernel::Small,
+            Self::Debug => kernel == Kernel::Debug,
+            Self::None => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(arguments: &[&str]) -> Vec<Stage> {
+        let arguments = ["xtask", "test"].iter().chain(arguments);
+        let Task::Test(test) = Cli::try_parse_from(arguments).unwrap().command else {
+            panic!("not the command test");
+        };
+        let stages = Stage::value_variants().iter().copied();
+        stages.filter(|&stage| test.wants(stage)).collect()
+    }
+
+    #[test]
+    fn everything_runs_unless_it_is_left_out() {
+        assert_eq!(asked(&[]), Stage::value_variants());
+        let kernels = [Stage::Stock, Stage::Small, Stage::Debug];
+        assert_eq!(asked(&["--no-check", "--no-host", "--no-vmm"]), kernels);
+        assert_eq!(
+            asked(&["--kernel", "none"]),
+            [Stage::Check, Stage::Host, Stage::Fuzz, Stage::Vmm]
+        );
+    }
+
+    #[test]
+    fn filter_leaves_the_lints_out() {
+        assert!(!asked(&["gpio"]).contains(&Stage::Check));
+    }
+
+    #[test]
+    fn only_runs_what_it_names() {
+        assert_eq!(asked(&["--only", "vmm", "gpio"]), [Stage::Vmm]);
+        assert_eq!(
+            asked(&["--only", "check", "--only", "small"]),
+            [Stage::Check, Stage::Small]
+        );
+        let both = ["xtask", "test", "--only", "vmm", "--no-host"];
+        assert!(Cli::try_parse_from(both).is_err());
     }
 }

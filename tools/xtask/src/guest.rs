@@ -18,6 +18,7 @@ use crate::kernel::Tree;
 use crate::module;
 use crate::root::Root;
 use crate::step::Step;
+use crate::vmm;
 use crate::workbench::Workbench;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -122,9 +123,13 @@ impl Programs {
 
     /// Whether there is a program of that name.
     pub(crate) fn has(&self, name: &str) -> bool {
-        self.files
-            .iter()
-            .any(|file| file.file_name().is_some_and(|file| file == name))
+        self.find(name).is_some()
+    }
+
+    /// The program of that name.
+    pub(crate) fn find(&self, name: &str) -> Option<&Path> {
+        let mut files = self.files.iter().map(PathBuf::as_path);
+        files.find(|file| file.file_name().is_some_and(|file| file == name))
     }
 }
 
@@ -160,14 +165,15 @@ impl Guest {
         )?;
         install(&root.path("/usr/bin/busybox"), &dir.join("usr/bin/busybox"))?;
         for file in &programs.files {
-            if let Some(name) = file.file_name() {
+            let name = file.file_name().and_then(|name| name.to_str());
+            if let Some(name) = name.filter(|name| !vmm::PROGRAMS.contains(name)) {
                 install(file, &dir.join("usr/bin").join(name))?;
             }
         }
         debian(root, &dir)?;
         let (from, to) = OPERATOR;
         copy_tree(&bench.project.file(from), &dir.join(to))?;
-        modules(root, &tree, &muser, &dir)?;
+        modules(root, &tree, MODULES, Some(&muser), &dir)?;
         let image = output.join("guest.cpio");
         Ok(Self {
             tree,
@@ -192,7 +198,7 @@ impl Guest {
 }
 
 /// Copies a program and makes it executable.
-fn install(from: &Path, to: &Path) -> Result<()> {
+pub(crate) fn install(from: &Path, to: &Path) -> Result<()> {
     if let Some(parent) = to.parent() {
         fs::create_dir_all(parent)?;
     }
@@ -243,15 +249,24 @@ fn debian(root: &Root, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// muser.ko, and the kernel's modules with what they depend on.
-fn modules(root: &Root, tree: &Tree, muser: &Path, dir: &Path) -> Result<()> {
+/// Some of the kernel's modules with what they depend on, and muser.ko if it is wanted.
+pub(crate) fn modules(
+    root: &Root,
+    tree: &Tree,
+    wanted: &[&str],
+    muser: Option<&Path>,
+    dir: &Path,
+) -> Result<()> {
     let to = dir.join("usr/lib/modules").join(&tree.release);
-    install(muser, &to.join("extra/muser.ko"))?;
+    fs::create_dir_all(&to)?;
+    if let Some(muser) = muser {
+        install(muser, &to.join("extra/muser.ko"))?;
+    }
     let list = tree.modules.join("modules.dep");
     let list =
         fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))?;
     let mut packed = Vec::new();
-    for file in closure(&list, MODULES) {
+    for file in closure(&list, wanted) {
         let target = to.join(file);
         install(&tree.modules.join(file), &target)?;
         if file.ends_with(".xz") || file.ends_with(".zst") {

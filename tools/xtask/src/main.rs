@@ -5,7 +5,7 @@
 //! Reading order: what can be asked for (`cli`), what takes long (`step`,
 //! `cache`), where kernels come from (`root`, `archive`, `kernel`), what is built
 //! for them (`module`, `guest`, `cpio`), how they run (`qemu`, `console`), and what
-//! that proves (`suite`, `fuzzing`, `targets`, `check`, `libtest`, `report`).
+//! that proves (`suite`, `vmm`, `fuzzing`, `targets`, `check`, `libtest`, `report`).
 
 mod archive;
 mod cache;
@@ -26,6 +26,7 @@ mod root;
 mod step;
 mod suite;
 mod targets;
+mod vmm;
 mod workbench;
 
 use std::process::ExitCode;

@@ -84,7 +84,7 @@ impl Project {
         command
     }
 
-    /// The workspace's packages whose programs belong in a guest.
+    /// The workspace's packages whose programs belong in a guest or in the build root.
     pub(crate) fn guest_packages(&self) -> Result<Vec<Package>> {
         let output = self
             .cargo()
@@ -110,6 +110,7 @@ impl Project {
         let wanted = path.starts_with("samples")
             || path.starts_with("tests/e2e")
             || path.starts_with("tests/fuzz")
+            || path.starts_with("tests/vmm")
             || (path.starts_with("tools") && !path.starts_with("tools/xtask"));
         let programs: Vec<String> = package["targets"]
             .as_array()?

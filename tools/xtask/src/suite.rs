@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `cargo xtask test`: the lints, the tests of the host, and the suite in each
-//! kernel. A part that fails never keeps the next one from running.
+//! `cargo xtask test`: the lints, the tests of the host, the devices in QEMU, and
+//! the suite in each kernel. A part that fails never keeps the next one from
+//! running.
 //!
 //! A guest keeps less than one processor busy, and the suite takes as long in
 //! the debug kernel as everything else together: so that one runs beside the
 //! others, once all that they need is built.
 
 use std::io::{BufRead as _, BufReader};
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use anyhow::{bail, Context as _, Result};
 
 use crate::check;
-use crate::cli::{Kernel, Test};
+use crate::cli::{Kernel, Stage, Test};
 use crate::fuzzing::{self, Fuzzing};
 use crate::guest::{Guest, Programs};
 use crate::kernel::Tree;
@@ -21,6 +23,7 @@ use crate::libtest::Output;
 use crate::qemu;
 use crate::report::Report;
 use crate::targets;
+use crate::vmm;
 use crate::workbench::Workbench;
 
 /// The test program of tests/e2e.
@@ -30,16 +33,25 @@ const SUITE: &str = "e2e";
 pub(crate) fn run(bench: &Workbench, asked: &Test) -> Report {
     let mut report = Report::default();
     let filter = asked.filter.as_deref();
-    if !asked.no_check && filter.is_none() {
+    if asked.wants(Stage::Check) {
         part(&mut report, "check", || check::run(bench, false));
     }
-    if !asked.no_host {
+    if asked.wants(Stage::Host) {
         part(&mut report, "host", || host(bench, filter));
     }
-    if !asked.no_host && filter.is_none_or(|filter| "fuzz".contains(filter)) {
+    if asked.wants(Stage::Fuzz) {
         part(&mut report, "fuzz", || Ok(targets::suite(bench)));
     }
-    let guests = prepare(bench, &asked.kernel.kernels(), &mut report);
+    let programs = OnceLock::new();
+    let programs = || match programs.get() {
+        Some(built) => Ok(built),
+        None => Programs::build(bench).map(|built| programs.get_or_init(|| built)),
+    };
+    let kernels: Vec<Kernel> = Kernel::ALL
+        .into_iter()
+        .filter(|&kernel| asked.wants(kernel.into()))
+        .collect();
+    let guests = prepare(bench, &kernels, programs, &mut report);
     let (debug, others): (Vec<_>, Vec<_>) = guests
         .iter()
         .partition(|guest| guest.tree.kernel == Kernel::Debug);
@@ -55,6 +67,11 @@ pub(crate) fn run(bench: &Workbench, asked: &Test) -> Report {
     };
     std::thread::scope(|scope| {
         let debug = scope.spawn(|| lane(debug));
+        if asked.wants(Stage::Vmm) {
+            part(&mut report, vmm::NAME, || {
+                vmm::run(bench, programs()?, filter)
+            });
+        }
         report.add(lane(others));
         match debug.join() {
             Ok(result) => report.add(result),
@@ -122,20 +139,25 @@ fn host(bench: &Workbench, filter: Option<&str>) -> Result<Report> {
 }
 
 /// Builds what the guests need, those that can be had.
-fn prepare(bench: &Workbench, kernels: &[Kernel], report: &mut Report) -> Vec<Guest> {
+fn prepare<'a>(
+    bench: &Workbench,
+    kernels: &[Kernel],
+    programs: impl Fn() -> Result<&'a Programs>,
+    report: &mut Report,
+) -> Vec<Guest> {
     let mut guests = Vec::new();
     if kernels.is_empty() {
         return guests;
     }
     part(report, "guests", || {
-        let programs = Programs::build(bench)?;
+        let programs = programs()?;
         if !programs.has(SUITE) {
             bail!("tests/e2e has no program {SUITE}");
         }
         let mut report = Report::default();
         for &kernel in kernels {
-            let guest = Tree::prepare(bench, kernel)
-                .and_then(|tree| Guest::prepare(bench, tree, &programs));
+            let guest =
+                Tree::prepare(bench, kernel).and_then(|tree| Guest::prepare(bench, tree, programs));
             match guest {
                 Ok(guest) => guests.push(guest),
                 Err(error) => report.fail(kernel.name(), format!("{error:#}")),
