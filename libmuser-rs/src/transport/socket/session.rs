@@ -278,6 +278,12 @@ impl Session {
         self.is_over() || !self.queue.is_empty() || self.main.receiver.is_ready()
     }
 
+    /// Whether its next message can't be handled yet: requests are in flight, or it does not receive
+    /// its replies. To who has gone nothing is sent any more.
+    pub(super) fn is_blocked(&self) -> bool {
+        self.waits || self.main.sender.has_backlog() && !self.is_over()
+    }
+
     /// Ends the session: what waits is not handled any more.
     pub(super) fn end(&mut self, reason: String) {
         self.queue.clear();
@@ -295,9 +301,11 @@ impl Session {
         }
     }
 
-    /// Whether a command is replied to: a supervisor has to know when it has ended.
+    /// Whether a command is replied to: a supervisor has to know when it has ended. What is kept for
+    /// a client that has gone is never sent, and must not grow.
     fn answers(&self, to: ReplyTo) -> bool {
-        self.main.framing == Framing::Numbered || !to.is_posted()
+        let is_lost = self.is_over() && self.main.sender.has_backlog();
+        !is_lost && (self.main.framing == Framing::Numbered || !to.is_posted())
     }
 
     /// Replies, if a reply is wanted.
