@@ -12,7 +12,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use std::sync::Arc;
 use nix::errno::Errno as Number;
 use nix::fcntl::{fcntl, FcntlArg, OFlag, SealFlag};
 use nix::sys::stat::{fstat, SFlag};
-use nix::sys::statfs::{fstatfs, FUSE_SUPER_MAGIC, HUGETLBFS_MAGIC, TMPFS_MAGIC};
+use nix::sys::statfs::{fstatfs, FUSE_SUPER_MAGIC, HUGETLBFS_MAGIC};
 
 use crate::sys::{self, Mapping};
 
@@ -47,8 +47,6 @@ pub(crate) struct PeerFile {
     file: Arc<File>,
     id: FileId,
     granule: u64,
-    /// Whether it can't become shorter, and all its pages can be had.
-    steady: bool,
     /// Whether what is written goes to its end, wherever it should go.
     appends: bool,
     _share: Share,
@@ -100,9 +98,6 @@ impl PeerFile {
                 writable,
             },
             granule,
-            // Of hugetlbfs, pages may not be had even where the file has them.
-            steady: system.filesystem_type() == TMPFS_MAGIC
-                && seals.contains(SealFlag::F_SEAL_SHRINK),
             appends: flags.contains(OFlag::O_APPEND),
             _share: FILES.take(1, most).ok_or(Number::EMFILE)?,
         })
@@ -141,12 +136,9 @@ impl PeerFile {
         let count = MAPPINGS.take(1, MOST_MAPPINGS).ok_or(Number::ENOSPC)?;
         let len = usize::try_from(len).map_err(|_| Number::ENOMEM)?;
         let writable = self.id.writable;
-        let mapping = if self.steady {
-            Mapping::new(self.file.as_fd(), offset, len, writable)
-        } else {
-            let granule = usize::try_from(self.granule).map_err(|_| Number::EINVAL)?;
-            Mapping::guarded(&self.file, offset, len, writable, granule)
-        };
+        let granule = usize::try_from(self.granule).map_err(|_| Number::EINVAL)?;
+        // Also of a file that can't shrink: a page may not be had even where the file has it.
+        let mapping = Mapping::guarded(&self.file, offset, len, writable, granule);
         Ok(PeerMapping {
             mapping: mapping?,
             shares: Shares {

@@ -12,7 +12,9 @@ use libmuser::vfio_user::wire::Kind;
 mod hostile;
 mod raw;
 
-use hostile::{attack, device_reads, longs, many, message, words, CONFIG, DATA, IOVA, PAGE};
+use hostile::{
+    attack, device_reads, longs, many, message, wait_taken, words, CONFIG, DATA, IOVA, PAGE,
+};
 use raw::{RawClient, DEADLINE};
 
 fn assert_in_step(client: &mut RawClient) {
@@ -95,6 +97,47 @@ fn second_client_is_told_that_it_is_turned_away() {
             other.wait_closed();
             assert_in_step(&mut client);
         }
+    });
+}
+
+#[test]
+fn descriptors_of_clients_that_wait_are_closed() {
+    attack(|target| {
+        let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+        let mut client = target.client();
+        let fds = many(1);
+        let fds = vec![fds[0].as_fd(); 253];
+        let others: Vec<_> = (0..16).map(|_| target.connect()).collect();
+        let before = open();
+        for other in &others {
+            other.send_bytes(&version()[..1], &fds);
+            wait_taken(&other.socket);
+        }
+        assert_in_step(&mut client);
+
+        // Their own connections, and what one of them has sent just now.
+        assert!(open() < before + 16 + 253, "{} after {before}", open());
+    });
+}
+
+#[test]
+fn descriptors_of_commands_that_wait_are_few() {
+    attack(|target| {
+        let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+        let mut client = target.client();
+        asking(&mut client);
+        let before = open();
+        let fds = many(1);
+        let fds = vec![fds[0].as_fd(); 16];
+        let info = message(1, 7, &words(&[16, 0, 0, 0]));
+        for _ in 0..200 {
+            if !client.try_send(&info) {
+                break;
+            }
+            let _may_be_closed = client.try_send_with(&info, &fds);
+        }
+
+        assert!(open() < before + 600, "{} after {before}", open());
     });
 }
 

@@ -11,7 +11,7 @@
 //! memory is never given back.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, IntoRawFd};
 use std::ptr;
 use std::sync::atomic::{
     fence, AtomicBool, AtomicI32, AtomicPtr, AtomicU64, AtomicUsize, Ordering,
@@ -19,6 +19,8 @@ use std::sync::atomic::{
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::errno::Errno;
+use nix::sys::memfd::{memfd_create, MFdFlags};
+use nix::unistd::ftruncate;
 
 /// A mapping that the handler knows, as long as this lives. Whoever has it keeps the mapping in
 /// place meanwhile.
@@ -71,6 +73,7 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
+        self.slot.forget_spare();
         self.slot.empty();
         give_place_back(self.index);
     }
@@ -93,6 +96,8 @@ struct Slot {
     writable: AtomicBool,
     file: AtomicI32,
     cut: AtomicBool,
+    /// From which byte on the spare file is there; past the end if it is not.
+    spare: AtomicUsize,
 }
 
 impl Slot {
@@ -106,6 +111,7 @@ impl Slot {
             writable: AtomicBool::new(false),
             file: AtomicI32::new(-1),
             cut: AtomicBool::new(false),
+            spare: AtomicUsize::new(usize::MAX),
         }
     }
 
@@ -118,6 +124,7 @@ impl Slot {
             self.writable.store(mapping.writable, Ordering::Relaxed);
             self.file.store(file, Ordering::Relaxed);
             self.cut.store(false, Ordering::Relaxed);
+            self.spare.store(usize::MAX, Ordering::Relaxed);
         });
     }
 
@@ -126,6 +133,21 @@ impl Slot {
             self.len.store(0, Ordering::Relaxed);
             self.file.store(-1, Ordering::Relaxed);
         });
+    }
+
+    /// What was written to the spare file is for nobody to find who is mapped at these addresses next.
+    fn forget_spare(&self) {
+        let spare = self.spare.load(Ordering::Acquire);
+        let len = self.len.load(Ordering::Relaxed).saturating_sub(spare);
+        if len == 0 {
+            return;
+        }
+        let start = self.start.load(Ordering::Relaxed) + spare;
+        let flags = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let file = SPARE.load(Ordering::Acquire);
+        let (start, len) = (to_offset(start), to_offset(len));
+        // SAFETY: `fallocate` leads to no memory of this process.
+        unsafe { libc::fallocate(file, flags, start, len) };
     }
 
     /// Only the one to whom the place belongs changes it.
@@ -195,11 +217,31 @@ fn give_place_back(index: usize) {
 
 /// What handled the signal before.
 static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
+/// A file of memory with room for every address, of which no part is in use at first; -1 if there
+/// could be none.
+static SPARE: AtomicI32 = AtomicI32::new(-1);
+
+fn make_spare() -> Result<(), Errno> {
+    const SIZE: libc::off_t = 1 << 47;
+    let file = memfd_create("muser-spare", MFdFlags::MFD_CLOEXEC)?;
+    ftruncate(&file, SIZE)?;
+    // It stays for ever: the handler may need it at any time.
+    SPARE.store(file.into_raw_fd(), Ordering::Release);
+    Ok(())
+}
+
+/// As the kernel takes it. Nothing of the address space has a larger number.
+fn to_offset(number: usize) -> libc::off_t {
+    libc::off_t::try_from(number).unwrap_or(libc::off_t::MAX)
+}
+
 /// The result of installing the handler.
 static INSTALLED: OnceLock<Result<(), Errno>> = OnceLock::new();
 
 fn install() -> Result<(), Errno> {
     *INSTALLED.get_or_init(|| {
+        // Without it, there is less to fall back on.
+        let _ = make_spare();
         // What is there now must be known before it is replaced.
         remember(action(None)?);
         // SAFETY: A `sigaction` is made of integers and a set of them, for which zeroes are good.
@@ -267,7 +309,22 @@ fn mend(info: *const libc::siginfo_t) -> bool {
         mapping.granule
     };
     // The whole of it is one mapping for another, and so succeeds where there can't be more.
-    zeroes(&mapping, page, len) || zeroes(&mapping, 0, mapping.len)
+    zeroes(&mapping, page, len, None)
+        || zeroes(&mapping, 0, mapping.len, None)
+        || spare(slot, &mapping, page)
+}
+
+/// Puts the spare file there, where memory of its own is too much for this process (`RLIMIT_DATA`,
+/// `vm.overcommit_memory`): it counts by the page, and only when it is written to.
+fn spare(slot: &Slot, mapping: &Guarded, page: usize) -> bool {
+    let file = SPARE.load(Ordering::Acquire);
+    // There is not even a page of it.
+    let failed = slot.spare.load(Ordering::Acquire) <= page;
+    if file < 0 || failed || !zeroes(mapping, page, mapping.len - page, Some(file)) {
+        return false;
+    }
+    slot.spare.fetch_min(page, Ordering::AcqRel);
+    true
 }
 
 /// `fstat` is async-signal-safe.
@@ -279,19 +336,26 @@ fn size(file: i32) -> Option<u64> {
     u64::try_from(stat.st_size).ok().filter(|_| result == 0)
 }
 
-/// Replaces a part of a mapping; tells whether that was done. `mmap` is a system call and no more.
-fn zeroes(mapping: &Guarded, at: usize, len: usize) -> bool {
+/// Replaces a part of a mapping by memory of its own, or by the part of the spare file that has the
+/// number of its address; tells whether that was done. `mmap` is a system call and no more.
+fn zeroes(mapping: &Guarded, at: usize, len: usize, file: Option<i32>) -> bool {
     let start = ptr::with_exposed_provenance_mut(mapping.start + at);
     let write = if mapping.writable {
         libc::PROT_WRITE
     } else {
         0
     };
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    let kind = match file {
+        Some(_) => libc::MAP_SHARED,
+        None => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    };
+    let flags = kind | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    let offset = file.map_or(0, |_| to_offset(mapping.start + at));
+    let file = file.unwrap_or(-1);
     // SAFETY: The part lies in a mapping of files that somebody holds on to, to whom it does not
     // matter what is there: it can change at any time anyway, and is read by volatile or atomic
     // accesses.
-    let result = unsafe { libc::mmap(start, len, libc::PROT_READ | write, flags, -1, 0) };
+    let result = unsafe { libc::mmap(start, len, libc::PROT_READ | write, flags, file, offset) };
     result != libc::MAP_FAILED
 }
 

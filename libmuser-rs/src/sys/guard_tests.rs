@@ -8,7 +8,6 @@ use std::process::{Command, ExitStatus};
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use nix::sys::memfd::{memfd_create, MFdFlags};
 use vm_memory::Bytes;
 
 use super::super::{page_size, Mapping};
@@ -279,4 +278,68 @@ fn foreign_sigbus_reaches_the_handler_that_was_there() {
         assert_eq!(with_info.code(), Some(REACHED));
         assert_eq!(plain.code(), Some(REACHED));
     }
+}
+
+/// No more memory of its own for this process than it has.
+fn limit_data() {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let data = status.lines().find(|line| line.starts_with("VmData:"));
+    let kib: u64 = data
+        .unwrap()
+        .split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse()
+        .unwrap();
+    let limit = libc::rlimit {
+        rlim_cur: (kib + 4096) * 1024,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: `limit` leads to limits that are only read.
+    let result = unsafe { libc::setrlimit(libc::RLIMIT_DATA, &raw const limit) };
+    assert_eq!(result, 0);
+}
+
+#[test]
+fn process_without_room_for_zeroes_survives_as_well() {
+    const PAGES: usize = 1 << 16;
+    let test = "process_without_room_for_zeroes_survives_as_well";
+    let ended = child(test, "without room", || {
+        let file = file(PAGES);
+        let mapping = guarded(&file, PAGES);
+        set_byte(&mapping, 0, 0x55);
+        limit_data();
+        file.set_len(page_size()).unwrap();
+        for at in [9, 1, 5, PAGES - 1, 3] {
+            assert_eq!(byte(&mapping, at), 0);
+            set_byte(&mapping, at, 0x66);
+        }
+        assert_eq!(byte(&mapping, 0), 0x55, "what is left is left");
+        assert!(
+            mapping
+                .guard
+                .as_ref()
+                .unwrap()
+                .slot
+                .spare
+                .load(Ordering::Relaxed)
+                < PAGES * page()
+        );
+        // Nobody finds what was written there.
+        let start = mapping.slice().ptr_guard().as_ptr().addr();
+        drop(mapping);
+        let spare = std::mem::ManuallyDrop::new(unsafe_file(SPARE.load(Ordering::Relaxed)));
+        let mut seen = [0xee];
+        let at = (start + 9 * page() + 7) as u64;
+        std::os::unix::fs::FileExt::read_exact_at(&*spare, &mut seen, at).unwrap();
+        assert_eq!(seen, [0]);
+    });
+    if !is_child() {
+        assert_eq!(ended.code(), Some(0));
+    }
+}
+
+fn unsafe_file(number: i32) -> File {
+    // SAFETY: The descriptor is open for ever, and the file is never dropped.
+    unsafe { std::os::fd::FromRawFd::from_raw_fd(number) }
 }

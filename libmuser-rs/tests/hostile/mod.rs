@@ -111,9 +111,11 @@ impl Census {
     }
 
     fn is_within(self, other: Self) -> bool {
+        // The harness may start a thread for each processor, whose test then waits for this one.
+        let harness = std::thread::available_parallelism().map_or(1, usize::from);
         self.descriptors <= other.descriptors
             && self.mappings <= other.mappings
-            && self.threads <= other.threads
+            && self.threads <= other.threads + harness
     }
 }
 

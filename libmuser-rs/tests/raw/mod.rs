@@ -80,6 +80,15 @@ impl RawClient {
         (&self.socket).write_all(bytes).is_ok()
     }
 
+    /// Sends with descriptors, unless the connection is closed already or takes no more.
+    pub(crate) fn try_send_with(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
+        let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&numbers)];
+        let bytes = [IoSlice::new(bytes)];
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        sendmsg::<()>(self.socket.as_raw_fd(), &bytes, &rights, flags, None).is_ok()
+    }
+
     /// Sends a command; tells its id.
     pub(crate) fn send(&mut self, command: Command, parts: &[&[u8]]) -> u16 {
         self.send_with(command, parts, &[])

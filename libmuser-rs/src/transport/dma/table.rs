@@ -338,11 +338,19 @@ impl DmaTable {
                 .iter()
                 .try_for_each(|part| work(&part.mapped, part.offset, part.bytes.clone()));
         }
-        // A call of the client's may take long, and may need the table.
+        // A call of the client's may take long, and may need the table. Meanwhile he may unmap what
+        // comes behind it.
         drop(mappings);
-        parts
-            .iter()
-            .try_for_each(|part| work(&part.mapped, part.offset, part.bytes.clone()))
+        parts.iter().try_for_each(|part| {
+            let mappings = self.read_lock();
+            if !mappings.has(&part.mapped) {
+                return Err(range.not_mapped());
+            }
+            if part.mapped.memory.is_remote() {
+                drop(mappings);
+            }
+            work(&part.mapped, part.offset, part.bytes.clone())
+        })
     }
 }
 
@@ -364,6 +372,13 @@ impl Mappings {
             .by_start
             .range(Start(range.first())..=Start(range.last()));
         before.into_iter().chain(inside).map(|(_, mapped)| mapped)
+    }
+
+    /// Whether a mapping is there still, and nobody unmaps it.
+    fn has(&self, mapped: &Arc<Mapped>) -> bool {
+        let present = self.by_start.get(&Start(mapped.range.first()));
+        present.is_some_and(|present| Arc::ptr_eq(present, mapped))
+            && !mapped.leaving.load(Ordering::Relaxed)
     }
 
     /// The range, cut where one mapping ends and the next begins.

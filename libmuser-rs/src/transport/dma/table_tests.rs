@@ -124,6 +124,51 @@ fn unmap_of_what_was_not_used_outdates_nothing() {
     assert_eq!(table.generation(), generation);
 }
 
+/// A client who unmaps the second page while he is asked about the first.
+#[derive(Debug)]
+struct Sly(Arc<DmaTable>);
+
+impl RemoteMemory for Sly {
+    fn read(&self, _offset: u64, _to: &mut [u8]) -> io::Result<()> {
+        unmap(&self.0, PAGE, PAGE)?;
+        Ok(())
+    }
+
+    fn write(&self, _offset: u64, _from: &[u8]) -> io::Result<()> {
+        unmap(&self.0, PAGE, PAGE)?;
+        Ok(())
+    }
+}
+
+#[test]
+fn page_unmapped_while_the_one_before_is_asked_for_is_not_touched() {
+    let file = nix::sys::memfd::memfd_create("second", nix::sys::memfd::MFdFlags::empty());
+    let file = std::fs::File::from(file.unwrap());
+    file.set_len(PAGE).unwrap();
+    let second = Mapping::new(std::os::fd::AsFd::as_fd(&file), 0, PAGE as usize, true);
+    let second = Arc::new(second.unwrap());
+    let table = Arc::new(DmaTable::default());
+    let map_second = || {
+        let memory = Memory::Direct(Arc::clone(&second), 0);
+        table.map(PAGE, PAGE, DmaAccess::ReadWrite, memory).unwrap();
+    };
+    let first = Memory::Remote(Arc::new(Sly(Arc::clone(&table))), 0);
+    table.map(0, PAGE, DmaAccess::ReadWrite, first).unwrap();
+    let mut data = vec![7; 2 * PAGE as usize];
+
+    map_second();
+    let written = table.write(&[(0, &data)]).unwrap_err();
+    map_second();
+    let read = table.read(&mut [(0, &mut data)]).unwrap_err();
+
+    assert_eq!(written.errno(), crate::Errno::EFAULT);
+    assert_eq!(read.errno(), crate::Errno::EFAULT);
+    let mut seen = [1_u8];
+    second.slice().subslice(0, 1).unwrap().copy_to(&mut seen);
+    assert_eq!(seen, [0]);
+    table.clear();
+}
+
 /// What a client and a device do, in pages.
 #[derive(Clone, Debug)]
 enum Step {

@@ -8,7 +8,7 @@ use zerocopy::IntoBytes;
 use super::access::{Access, Next};
 use super::flight::{Flight, Multi};
 use super::hub::{Handled, Hub, State};
-use super::session::{Incoming, ReplyTo, Session};
+use super::session::{Incoming, ReplyTo, MAX_DATA};
 use crate::error::{Errno, Result};
 use crate::transport::{Operation, RequestId};
 use crate::vfio_user::wire::request::{ClientRequest, RegionAccess};
@@ -234,7 +234,8 @@ impl State {
         data: &mut Vec<u8>,
     ) -> Result<Handled, Refusal> {
         let count = usize::try_from(asked.count).unwrap_or(usize::MAX);
-        if count > self.session.as_ref().map_or(0, Session::data) {
+        // What a client has said it takes is its own concern: only this side's limit counts.
+        if count > MAX_DATA {
             let why = format!("{count} bytes are more than was negotiated");
             return Err(Refusal::new(Errno::EINVAL, why));
         }

@@ -2,21 +2,21 @@
 //! Where connections come from: a socket file, a socket that somebody else has made, one connection.
 
 use std::fmt::Debug;
-use std::fs::{self, File, Metadata, OpenOptions, Permissions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{chown, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{lchown, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno as Number;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, AT_FDCWD};
 use nix::sys::socket::{
     bind, connect, getsockname, getsockopt, listen, socket, sockopt, AddressFamily, Backlog,
     SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr,
 };
-use nix::sys::stat::{fchmod, Mode};
+use nix::sys::stat::{fchmod, fchmodat, FchmodatFlags, Mode};
 
 use crate::error::{Error, Result};
 
@@ -131,9 +131,11 @@ impl Listener {
             };
             listen(&socket, Backlog::MAXCONN)?;
             if options.group.is_some() {
-                chown(path, None, options.group)?;
+                lchown(path, None, options.group)?;
             }
-            fs::set_permissions(path, Permissions::from_mode(options.mode))?;
+            // Whoever may write to the directory may have put a link there meanwhile.
+            let mode = Mode::from_bits_truncate(options.mode);
+            fchmodat(AT_FDCWD, path, mode, FchmodatFlags::NoFollowSymlink)?;
             Ok((socket, file))
         };
         let (socket, file) = make().map_err(failed)?;

@@ -38,7 +38,10 @@ impl Guests {
             }
         }
         // What can't even be watched is closed at once.
-        if let Ok(channel) = Channel::new(socket, Framing::Plain, Source::Guest(index), events) {
+        if let Ok(mut channel) = Channel::new(socket, Framing::Plain, Source::Guest(index), events)
+        {
+            // Nothing that it says is looked at, so what it gives is closed at once.
+            channel.receiver.set_descriptors(0);
             self.channels.insert(index, channel);
         }
         self.turn_away(index, events);

@@ -351,7 +351,8 @@ impl State {
                 }
                 return Ok(None);
             };
-            if !session.flush() {
+            // To who has gone nothing is sent any more, so that there is nothing to wait for.
+            if !session.flush() && !session.is_over() {
                 return Ok(None);
             }
             session.waits = false;
@@ -404,10 +405,9 @@ impl State {
 
     /// Has the descriptors show what there is.
     pub(super) fn update(&mut self, hub: &Hub) -> Result<()> {
-        let mut blocked = self.exclusive || self.closing != Closing::No;
+        let blocked = self.exclusive || self.closing != Closing::No;
         if let Some(session) = &mut self.session {
-            blocked |= session.waits || session.main.sender.has_backlog();
-            if blocked {
+            if blocked || session.is_blocked() {
                 // What can't be handled yet must not keep the descriptor readable.
                 session.pump();
             }
@@ -419,7 +419,8 @@ impl State {
         let mut answers = false;
         if let Some(session) = &mut self.session {
             session.watch(&hub.events)?;
-            inside |= !blocked && session.is_ready();
+            // That it has gone may just have been found, and then replies block nothing any more.
+            inside |= !blocked && !session.is_blocked() && session.is_ready();
             answers = session.exchanges.has_answers();
         }
         if inside != self.inside {

@@ -246,7 +246,7 @@ impl Session {
         body: &mut Vec<u8>,
     ) -> std::result::Result<Option<Incoming>, StreamError> {
         if let Some((incoming, queued)) = self.queue.pop_front() {
-            self.queued -= cost(&queued);
+            self.queued -= cost(&incoming, &queued);
             self.riders -= incoming.descriptors.kept().len();
             *body = queued;
             return Ok(Some(incoming));
@@ -256,14 +256,14 @@ impl Session {
 
     /// Puts a message back that could not be handled.
     pub(super) fn put_back(&mut self, incoming: Incoming, body: Vec<u8>) {
-        self.queued += cost(&body);
+        self.queued += cost(&incoming, &body);
         self.riders += incoming.descriptors.kept().len();
         self.queue.push_front((incoming, body));
     }
 
     /// Puts a message behind those which wait.
     pub(super) fn put_behind(&mut self, incoming: Incoming, body: Vec<u8>) {
-        self.queued += cost(&body);
+        self.queued += cost(&incoming, &body);
         self.riders += incoming.descriptors.kept().len();
         self.queue.push_back((incoming, body));
     }
@@ -276,6 +276,12 @@ impl Session {
     /// Whether there is a message, or the end, without the socket.
     pub(super) fn is_ready(&self) -> bool {
         self.is_over() || !self.queue.is_empty() || self.main.receiver.is_ready()
+    }
+
+    /// Whether its next message can't be handled yet: requests are in flight, or it does not receive
+    /// its replies. To who has gone nothing is sent any more.
+    pub(super) fn is_blocked(&self) -> bool {
+        self.waits || self.main.sender.has_backlog() && !self.is_over()
     }
 
     /// Ends the session: what waits is not handled any more.
@@ -295,9 +301,11 @@ impl Session {
         }
     }
 
-    /// Whether a command is replied to: a supervisor has to know when it has ended.
+    /// Whether a command is replied to: a supervisor has to know when it has ended. What is kept for
+    /// a client that has gone is never sent, and must not grow.
     fn answers(&self, to: ReplyTo) -> bool {
-        self.main.framing == Framing::Numbered || !to.is_posted()
+        let is_lost = self.is_over() && self.main.sender.has_backlog();
+        !is_lost && (self.main.framing == Framing::Numbered || !to.is_posted())
     }
 
     /// Replies, if a reply is wanted.
@@ -437,9 +445,12 @@ impl Session {
     }
 }
 
-/// What a message that waits takes.
-fn cost(body: &[u8]) -> usize {
-    body.len() + size_of::<(Incoming, Vec<u8>)>()
+/// What a message that waits takes. A process has few descriptors, so that a few hundred of them are
+/// as much as can wait.
+fn cost(incoming: &Incoming, body: &[u8]) -> usize {
+    const DESCRIPTOR: usize = MAX_QUEUED / 256;
+    let descriptors = incoming.descriptors.kept().len() * DESCRIPTOR;
+    body.len() + descriptors + size_of::<(Incoming, Vec<u8>)>()
 }
 
 pub(super) fn to_errno(errno: nix::errno::Errno) -> Errno {
