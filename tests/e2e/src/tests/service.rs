@@ -218,8 +218,11 @@ fn socket_starts_its_service_which_is_replaced_and_goes_on() -> Result<()> {
     let unit = "muser-socket@door.service";
     let supervisor = systemd.property(unit, "MainPID")?;
     let program = || -> Result<String> {
-        let found = systemd.shell(&format!("pgrep -P {supervisor}"))?;
-        Ok(found.trim().to_owned())
+        let children = format!("grep -ls '^PPid:.{supervisor}$' /proc/[0-9]*/status || true");
+        let found = systemd.shell(&children)?;
+        let pid = found.trim().trim_start_matches("/proc/").split('/').next();
+        let pid = pid.filter(|pid| !pid.is_empty());
+        Ok(pid.context("the program does not run")?.to_owned())
     };
     let first = program()?;
     let status = systemd.shell(&format!("cat /proc/{first}/status"))?;
