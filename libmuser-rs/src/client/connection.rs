@@ -316,8 +316,10 @@ impl Connection {
             }
             if let Some(failure) = &waiting.failure {
                 let error = failure.to_error();
-                if let Goal::Answer(id) = goal {
-                    waiting.slots.remove(&id);
+                match goal {
+                    Goal::Answer(id) => drop(waiting.slots.remove(&id)),
+                    Goal::Flushed => waiting.leave_flushing(),
+                    Goal::End | Goal::Nothing => {}
                 }
                 return Err(error);
             }
@@ -333,6 +335,7 @@ impl Connection {
                     return Ok(None);
                 }
                 Goal::Flushed if is_late => {
+                    waiting.leave_flushing();
                     hand_over(waiting);
                     return Ok(None);
                 }
@@ -358,17 +361,17 @@ impl Connection {
                 // Whoever leads serves.
                 Goal::Nothing => return Ok(None),
                 Goal::Flushed => {
+                    // First of all it is known to whoever flushes: what is flushed after the look
+                    // at the backlog wakes it.
+                    waiting.join_flushing();
                     drop(waiting);
                     if !self.main.sender().has_backlog() {
-                        hand_over(self.lock());
+                        let mut waiting = self.lock();
+                        waiting.leave_flushing();
+                        hand_over(waiting);
                         return Ok(Some(Answer::empty()));
                     }
                     waiting = self.lock();
-                    // Who led may have left meanwhile, without knowing of this thread.
-                    if !waiting.led {
-                        continue;
-                    }
-                    waiting.flushing.push(thread::current());
                 }
                 Goal::End => waiting.idle = Some(thread::current()),
             }

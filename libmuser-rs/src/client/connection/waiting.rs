@@ -31,6 +31,21 @@ pub(super) struct Slot {
     pub(super) answer: Option<Answer>,
 }
 
+impl Waiting {
+    /// Has this thread woken when all is sent, or when it is to lead.
+    pub(super) fn join_flushing(&mut self) {
+        self.leave_flushing();
+        self.flushing.push(thread::current());
+    }
+
+    /// This thread waits for that no more: an entry which stayed would be woken in place of a thread
+    /// that waits.
+    pub(super) fn leave_flushing(&mut self) {
+        let this = thread::current().id();
+        self.flushing.retain(|thread| thread.id() != this);
+    }
+}
+
 /// A thread that leads; it hands over to another one when this is dropped.
 pub(super) struct Leading<'a>(pub(super) &'a Connection);
 
@@ -55,7 +70,8 @@ pub(super) fn hand_over(mut waiting: MutexGuard<'_, Waiting>) {
         .filter_map(|slot| slot.thread.as_ref())
         .filter(|thread| thread.id() != this);
     let next = followers.next().cloned();
-    let next = next.or_else(|| waiting.flushing.pop());
+    let mut flushing = waiting.flushing.iter().rev();
+    let next = next.or_else(|| flushing.find(|thread| thread.id() != this).cloned());
     let next = next.or_else(|| waiting.idle.take());
     drop(waiting);
     if let Some(next) = next {
