@@ -317,6 +317,65 @@ fn silence_ends_at_the_deadline_and_the_late_reply_is_ignored() {
 }
 
 #[test]
+fn mapping_in_doubt_goes_when_the_server_does_not_have_it() {
+    let mut unmapped = 0;
+    let (client, _served) = client(SHORT, move |_, asked| {
+        (asked.command == DMA_UNMAP).then(|| {
+            unmapped += 1;
+            match unmapped {
+                // It is done, but nobody hears of it.
+                1 => Answer::silence(),
+                // No such mapping.
+                2 => error(asked, 2),
+                _ => good(asked),
+            }
+        })
+    });
+    map(&client).unwrap();
+    assert!(client.dma_unmap(0x1000, 0x1000).unwrap_err().is_timed_out());
+    assert_eq!(map(&client).unwrap_err().errno().number(), 17);
+
+    assert_eq!(client.dma_unmap(0x1000, 0x1000).unwrap(), 0x1000);
+
+    map(&client).unwrap();
+    assert_eq!(client.dma_unmap(0x1000, 0x1000).unwrap(), 0x1000);
+    drop(client);
+}
+
+#[test]
+fn mapping_made_while_all_are_unmapped_stays() {
+    let (tell, unmapping) = std::sync::mpsc::channel();
+    let mut late: Option<Answer> = None;
+    let (client, _served) = client(DEADLINE, move |mut stream, asked| {
+        if asked.command == DMA_UNMAP && late.is_none() && word(&asked.body, 4) == 2 {
+            late = Some(good(asked));
+            tell.send(()).unwrap();
+            return Some(Answer::silence());
+        }
+        if asked.command == DMA_MAP && late.is_some() {
+            // The other mapping is there first, then all of before is gone.
+            stream.write_all(&good(asked).bytes).unwrap();
+            return late.take();
+        }
+        None
+    });
+    map(&client).unwrap();
+
+    let (all, other) = std::thread::scope(|scope| {
+        let all = scope.spawn(|| client.dma_unmap_all());
+        unmapping.recv_timeout(DEADLINE).unwrap();
+        let memory = ClientMemory::new(0x1000).unwrap();
+        let other = client.dma_map(0x8000, &memory, 0..0x1000, DmaAccess::Read);
+        (all.join().unwrap(), other)
+    });
+
+    other.unwrap();
+    assert_eq!(all.unwrap(), 0x1000);
+    assert_eq!(client.dma_unmap(0x8000, 0x1000).unwrap(), 0x1000);
+    drop(client);
+}
+
+#[test]
 fn connection_closed_at_any_byte_is_told() {
     for deed in DEEDS {
         for len in 0..payload(&deed) + 16 {
