@@ -79,9 +79,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
-
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::region::RegionInfo;
@@ -153,7 +151,8 @@ impl Options {
         }
     }
 
-    /// How long a call waits for the server: to accept, to receive, to answer.
+    /// How long a call waits for the server: to accept, to receive, to answer. Opening a device is
+    /// one call in this.
     #[must_use]
     pub const fn timeout(self, timeout: Duration) -> Self {
         Self { timeout, ..self }
@@ -211,8 +210,9 @@ impl Options {
     ///
     /// Nobody listens there, or what comes is no server that this client can talk to.
     pub fn connect(&self, path: impl AsRef<Path>) -> Result<Client> {
+        let deadline = Instant::now().checked_add(self.timeout);
         let socket = negotiation::connect_to(path.as_ref(), self.timeout)?;
-        self.open(socket)
+        self.open_until(socket, deadline)
     }
 
     /// Makes a client of a socket that is connected to a server, to which nothing was said yet.
@@ -221,14 +221,17 @@ impl Options {
     ///
     /// It is no connected UNIX stream socket, or as for [`connect`](Self::connect).
     pub fn open(&self, socket: OwnedFd) -> Result<Client> {
-        let (connection, agreement) = negotiation::negotiate(socket, self)?;
+        self.open_until(socket, Instant::now().checked_add(self.timeout))
+    }
+
+    fn open_until(&self, socket: OwnedFd, deadline: Option<Instant>) -> Result<Client> {
+        let (mut connection, agreement) = negotiation::negotiate(socket, self, deadline)?;
         let layout = description::ask(&connection)?;
-        let events = watch(&connection)?;
+        connection.opened();
         Ok(Client {
             connection: Arc::new(connection),
             agreement,
             layout,
-            events,
             serving: Mutex::new(None),
             may_serve: self.serving_thread,
         })
@@ -243,8 +246,6 @@ pub struct Client {
     connection: Arc<Connection>,
     agreement: Agreement,
     layout: Layout,
-    /// Readable when the server asks.
-    events: Epoll,
     serving: Mutex<Option<JoinHandle<()>>>,
     may_serve: bool,
 }
@@ -361,11 +362,11 @@ impl Client {
     }
 }
 
-/// Readable when the server has asked for something, or has gone. Replies make it readable too, so
+/// Readable when the server has asked for something, takes more of the answer, or has gone. Replies make it readable too, so
 /// it may be for nothing when other threads use the client.
 impl AsFd for Client {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.events.0.as_fd()
+        self.connection.events()
     }
 }
 
@@ -392,15 +393,4 @@ impl Drop for Client {
             let _ = thread.join();
         }
     }
-}
-
-/// Watches the sockets of a connection.
-fn watch(connection: &Connection) -> Result<Epoll> {
-    let failed = |errno: nix::errno::Errno| Error::io("making an epoll descriptor", errno);
-    let events = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed)?;
-    for socket in connection.sockets() {
-        let event = EpollEvent::new(EpollFlags::EPOLLIN, 0);
-        events.add(socket, event).map_err(failed)?;
-    }
-    Ok(events)
 }

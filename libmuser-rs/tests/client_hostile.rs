@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use libmuser::client::{Client, ClientMemory, IrqAction, IrqData, RegionWrite};
+use libmuser::transport::RemoteMemory;
 use libmuser::{DmaAccess, Error};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use proptest::prelude::*;
@@ -314,6 +315,227 @@ fn silence_ends_at_the_deadline_and_the_late_reply_is_ignored() {
         let error = greet(command, |_, _| Answer::silence()).unwrap_err();
         assert!(error.is_timed_out(), "{error}");
     }
+}
+
+/// Memory of which the server gets no descriptor.
+#[derive(Debug)]
+struct RemoteBytes;
+
+impl RemoteBytes {
+    fn memory(len: u64) -> ClientMemory {
+        ClientMemory::remote(Arc::new(Self), len)
+    }
+}
+
+impl RemoteMemory for RemoteBytes {
+    fn read(&self, _offset: u64, to: &mut [u8]) -> std::io::Result<()> {
+        to.fill(7);
+        Ok(())
+    }
+
+    fn write(&self, _offset: u64, _from: &[u8]) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What a server sends that asks for this many bytes of memory, this often.
+fn asking(times: u16, bytes: u64) -> Vec<u8> {
+    let ask = |id| message(id, DMA_READ, 0, 0, &longs(&[0x1000, bytes]));
+    (0..times).flat_map(ask).collect()
+}
+
+#[test]
+fn server_that_asks_and_does_not_receive_holds_nobody() {
+    let (tell, over) = std::sync::mpsc::channel::<()>();
+    let (client, _served) = client(SHORT, move |mut stream, asked| {
+        if asked.command == REGION_READ {
+            stream.write_all(&asking(400, 1 << 20)).unwrap();
+            let _ = over.recv_timeout(DEADLINE);
+            return Some(Answer::silence().and_close());
+        }
+        None
+    });
+    let memory = RemoteBytes::memory(1 << 20);
+    client
+        .dma_map(0x1000, &memory, 0..1 << 20, DmaAccess::Read)
+        .unwrap();
+    let started = Instant::now();
+
+    assert!(read(&client).unwrap_err().is_timed_out());
+    client.serve().unwrap();
+    drop(client);
+
+    assert!(started.elapsed() < DEADLINE / 4, "{:?}", started.elapsed());
+    drop(tell);
+}
+
+#[test]
+fn answer_that_is_left_over_makes_the_descriptor_ready() {
+    const BYTES: u64 = 1 << 20;
+    let (tell, received) = std::sync::mpsc::channel();
+    let (start, started) = std::sync::mpsc::channel::<()>();
+    let (socket, _served) = serve(move |mut stream, asked| {
+        if asked.command == REGION_READ {
+            // What it asks for is before the reply, so the call returns with an answer left over.
+            stream.write_all(&asking(1, BYTES)).unwrap();
+            stream.write_all(&good(asked).bytes).unwrap();
+            started.recv_timeout(DEADLINE).unwrap();
+            tell.send(receive(stream).unwrap().body.len()).unwrap();
+            return Some(Answer::silence());
+        }
+        None
+    });
+    let client = options(DEADLINE)
+        .serving_thread(false)
+        .open(socket)
+        .unwrap();
+    let memory = RemoteBytes::memory(BYTES);
+    client
+        .dma_map(0x1000, &memory, 0..BYTES, DmaAccess::Read)
+        .unwrap();
+    read(&client).unwrap();
+    start.send(()).unwrap();
+
+    let deadline = Instant::now() + DEADLINE;
+    let came = loop {
+        if let Ok(came) = received.try_recv() {
+            break came;
+        }
+        assert!(Instant::now() < deadline, "the rest is not sent");
+        let mut polled = [PollFd::new(client.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut polled, PollTimeout::from(100_u16)).unwrap() > 0 {
+            client.serve().unwrap();
+        }
+    };
+
+    assert_eq!(came as u64, 16 + BYTES);
+    drop(client);
+}
+
+#[test]
+fn server_that_is_slow_with_each_answer_is_not_waited_for_again_and_again() {
+    const PART: std::time::Duration = std::time::Duration::from_millis(200);
+    let (socket, _served) = serve(move |_, asked| {
+        if asked.command == GET_INFO {
+            return Some(reply(asked, &words(&[16, 3, 200, 200])));
+        }
+        let (_tell, never) = std::sync::mpsc::channel::<()>();
+        let _ = never.recv_timeout(if asked.command == VERSION {
+            std::time::Duration::ZERO
+        } else {
+            PART / 4
+        });
+        None
+    });
+    let started = Instant::now();
+
+    let error = options(PART).open(socket).unwrap_err();
+
+    assert!(error.is_timed_out(), "{error}");
+    assert!(started.elapsed() < PART * 5, "{:?}", started.elapsed());
+}
+
+/// Memory that reads a register of the device.
+#[derive(Debug, Default)]
+struct Recursive {
+    client: std::sync::OnceLock<std::sync::Weak<Client>>,
+    errno: std::sync::atomic::AtomicI32,
+}
+
+impl RemoteMemory for Recursive {
+    fn read(&self, _offset: u64, _to: &mut [u8]) -> std::io::Result<()> {
+        let client = self.client.get().unwrap().upgrade().unwrap();
+        let error = read(&client).unwrap_err();
+        self.errno.store(error.errno().number(), Ordering::SeqCst);
+        Err(nix::errno::Errno::EIO.into())
+    }
+
+    fn write(&self, _offset: u64, _from: &[u8]) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn memory_that_waits_for_its_own_reader_is_told_so() {
+    let (socket, _served) = serve(|mut stream, asked| {
+        if asked.command == RESET {
+            stream.write_all(&asking(1, 8)).unwrap();
+        }
+        None
+    });
+    let client = options(DEADLINE).serving_thread(false).open(socket);
+    let client = Arc::new(client.unwrap());
+    let recursive = Arc::new(Recursive::default());
+    recursive.client.set(Arc::downgrade(&client)).unwrap();
+    let memory = ClientMemory::remote(Arc::clone(&recursive) as _, 0x1000);
+    client
+        .dma_map(0x1000, &memory, 0..0x1000, DmaAccess::Read)
+        .unwrap();
+
+    client.reset().unwrap();
+
+    // EDEADLK
+    assert_eq!(recursive.errno.load(Ordering::SeqCst), 35);
+    drop(client);
+}
+
+#[test]
+fn mapping_in_doubt_goes_when_the_server_does_not_have_it() {
+    let mut unmapped = 0;
+    let (client, _served) = client(SHORT, move |_, asked| {
+        (asked.command == DMA_UNMAP).then(|| {
+            unmapped += 1;
+            match unmapped {
+                // It is done, but nobody hears of it.
+                1 => Answer::silence(),
+                // No such mapping.
+                2 => error(asked, 2),
+                _ => good(asked),
+            }
+        })
+    });
+    map(&client).unwrap();
+    assert!(client.dma_unmap(0x1000, 0x1000).unwrap_err().is_timed_out());
+    assert_eq!(map(&client).unwrap_err().errno().number(), 17);
+
+    assert_eq!(client.dma_unmap(0x1000, 0x1000).unwrap(), 0x1000);
+
+    map(&client).unwrap();
+    assert_eq!(client.dma_unmap(0x1000, 0x1000).unwrap(), 0x1000);
+    drop(client);
+}
+
+#[test]
+fn mapping_made_while_all_are_unmapped_stays() {
+    let (tell, unmapping) = std::sync::mpsc::channel();
+    let mut late: Option<Answer> = None;
+    let (client, _served) = client(DEADLINE, move |mut stream, asked| {
+        if asked.command == DMA_UNMAP && late.is_none() && word(&asked.body, 4) == 2 {
+            late = Some(good(asked));
+            tell.send(()).unwrap();
+            return Some(Answer::silence());
+        }
+        if asked.command == DMA_MAP && late.is_some() {
+            // The other mapping is there first, then all of before is gone.
+            stream.write_all(&good(asked).bytes).unwrap();
+            return late.take();
+        }
+        None
+    });
+    map(&client).unwrap();
+
+    let (all, other) = std::thread::scope(|scope| {
+        let all = scope.spawn(|| client.dma_unmap_all());
+        unmapping.recv_timeout(DEADLINE).unwrap();
+        let memory = ClientMemory::new(0x1000).unwrap();
+        let other = client.dma_map(0x8000, &memory, 0..0x1000, DmaAccess::Read);
+        (all.join().unwrap(), other)
+    });
+
+    other.unwrap();
+    assert_eq!(all.unwrap(), 0x1000);
+    assert_eq!(client.dma_unmap(0x8000, 0x1000).unwrap(), 0x1000);
+    drop(client);
 }
 
 #[test]

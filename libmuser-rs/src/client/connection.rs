@@ -10,13 +10,15 @@
 //! Locks: `waiting` is never held while another is taken, nor over a system call that waits.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno as Number;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{shutdown, Shutdown};
 use zerocopy::IntoBytes;
@@ -30,7 +32,7 @@ use crate::vfio_user::wire::{self, Command, Header, Kind};
 mod serving;
 mod waiting;
 
-use waiting::{hand_over, Leading, Slot, Waiting};
+use waiting::{hand_over, Departure, Leading, Slot, Waiting};
 
 /// Reply bodies whose memory is kept for the next.
 const SPARE: usize = 8;
@@ -41,6 +43,8 @@ pub(super) struct Channel {
     sender: Mutex<Sender>,
     inbound: Mutex<Inbound>,
     socket: Arc<OwnedFd>,
+    /// Whether there are whole messages which nobody has taken yet.
+    left: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -59,6 +63,18 @@ impl Channel {
                 receiver,
                 scratch: Vec::new(),
             }),
+            left: AtomicBool::new(false),
+        }
+    }
+
+    /// What is worth waiting for. Nothing is received from a server which asks for more and more,
+    /// and takes nothing of it, until it does.
+    fn wanted(&self) -> PollFlags {
+        let sender = self.sender();
+        match (sender.has_backlog(), sender.is_full()) {
+            (_, true) => PollFlags::POLLOUT,
+            (true, false) => PollFlags::POLLIN | PollFlags::POLLOUT,
+            (false, false) => PollFlags::POLLIN,
         }
     }
 
@@ -107,11 +123,30 @@ pub(super) struct Connection {
     kick: EventFd,
     /// Written once, at the end.
     end: EventFd,
+    /// Has the thread that serves the twin socket look at the main one.
+    stir: EventFd,
     ended: AtomicBool,
     lent: LentMemory,
     /// Bytes of data that the server may send or ask for in one message.
     data: usize,
     timeout: Duration,
+    /// When the client has to be open, until it is.
+    opening: Option<Instant>,
+    /// Readable when there is something to serve.
+    events: Epoll,
+    /// For what is received and not served: it shows on no socket.
+    inside: EventFd,
+    watched: Mutex<Watched>,
+    /// Commands of the server's that were refused.
+    refused: AtomicU64,
+}
+
+/// What a connection's descriptor shows.
+#[derive(Debug)]
+struct Watched {
+    inside: bool,
+    /// Of each socket.
+    wanted: [PollFlags; 2],
 }
 
 impl Connection {
@@ -120,11 +155,20 @@ impl Connection {
         twin: Option<Channel>,
         data: usize,
         timeout: Duration,
+        opening: Option<Instant>,
     ) -> Result<Self> {
+        let failed = |errno: Number| Error::io("making an epoll descriptor", errno);
+        let events = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed)?;
         let event = || {
             EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
                 .map_err(|errno| Error::io("making an eventfd", errno))
         };
+        let inside = event()?;
+        let readable = EpollEvent::new(EpollFlags::EPOLLIN, 0);
+        events.add(&inside, readable).map_err(failed)?;
+        for channel in std::iter::once(&main).chain(&twin) {
+            events.add(channel, readable).map_err(failed)?;
+        }
         Ok(Self {
             main,
             twin,
@@ -132,21 +176,81 @@ impl Connection {
             waiting: Mutex::default(),
             kick: event()?,
             end: event()?,
+            stir: event()?,
             ended: AtomicBool::new(false),
             lent: LentMemory::default(),
             data,
             timeout,
+            opening,
+            events,
+            inside,
+            watched: Mutex::new(Watched {
+                inside: false,
+                wanted: [PollFlags::POLLIN; 2],
+            }),
+            refused: AtomicU64::new(0),
         })
+    }
+
+    /// The client is open: from now on each call has its own deadline.
+    pub(super) const fn opened(&mut self) {
+        self.opening = None;
+    }
+
+    /// What is readable when there is something to serve.
+    pub(super) fn events(&self) -> BorrowedFd<'_> {
+        self.events.0.as_fd()
+    }
+
+    /// The deadline of a call that begins.
+    fn deadline(&self) -> Option<Instant> {
+        let deadline = Instant::now().checked_add(self.timeout);
+        match (deadline, self.opening) {
+            (Some(deadline), Some(opening)) => Some(deadline.min(opening)),
+            (deadline, opening) => deadline.or(opening),
+        }
+    }
+
+    /// Has the descriptor show what nobody attends to: messages that were received, and replies
+    /// that the server has to make room for.
+    fn show(&self) {
+        let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inside = false;
+        for (at, channel) in self.channels().enumerate() {
+            let wanted = channel.wanted();
+            // What can't be answered must not keep it readable.
+            let takes = wanted.contains(PollFlags::POLLIN);
+            inside |= takes && channel.left.load(Ordering::Acquire);
+            if wanted != watched.wanted[at] {
+                let mut flags = EpollFlags::empty();
+                flags.set(EpollFlags::EPOLLIN, takes);
+                flags.set(EpollFlags::EPOLLOUT, wanted.contains(PollFlags::POLLOUT));
+                // Of what is in there already, nothing can fail.
+                let mut event = EpollEvent::new(flags, 0);
+                let _ = self.events.modify(channel, &mut event);
+                watched.wanted[at] = wanted;
+                if self.twin_is_served.load(Ordering::Acquire) {
+                    // It sends what others leave.
+                    let _ = self.stir.write(1);
+                }
+            }
+        }
+        if inside != watched.inside {
+            // The counter is 0 before the write, and 1 before the read.
+            let _ = match inside {
+                true => self.inside.write(1).map(drop),
+                false => self.inside.read().map(drop),
+            };
+            watched.inside = inside;
+        }
+    }
+
+    fn channels(&self) -> impl Iterator<Item = &Channel> {
+        std::iter::once(&self.main).chain(&self.twin)
     }
 
     pub(super) fn lent(&self) -> &LentMemory {
         &self.lent
-    }
-
-    /// The sockets that are readable when there is something to serve.
-    pub(super) fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let twin = self.twin.as_ref().map(AsFd::as_fd);
-        std::iter::once(self.main.as_fd()).chain(twin)
     }
 
     /// Sends a command, and waits for its reply, which is not an error.
@@ -160,7 +264,7 @@ impl Connection {
         payload: &[&[u8]],
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<Answer> {
-        let deadline = Instant::now().checked_add(self.timeout);
+        let deadline = self.deadline();
         let id = self.reserve(command)?;
         let header = Header::command(id, command);
         let answer = match self.push(header, payload, descriptors, deadline) {
@@ -185,7 +289,7 @@ impl Connection {
     ///
     /// The server does not receive it in time, or the connection is at its end.
     pub(super) fn post(&self, command: Command, payload: &[&[u8]]) -> Result<()> {
-        let deadline = Instant::now().checked_add(self.timeout);
+        let deadline = self.deadline();
         // No reply will have it, so it can be that of another command.
         let header = Header::command(0, command).unanswered();
         if self.push(header, payload, &[], deadline)? == Progress::Sent {
@@ -212,14 +316,19 @@ impl Connection {
 
     /// Serves the server until the client ends, or the connection does.
     pub(super) fn serve_on(&self) {
-        let _ = match &self.twin {
+        let serve = || match &self.twin {
             Some(twin) => {
                 self.twin_is_served.store(true, Ordering::Release);
-                self.serve_twin(twin).map_err(|failure| self.fail(failure))
+                if let Err(failure) = self.serve_twin(twin) {
+                    self.fail(failure);
+                }
             }
             // Whoever calls next is told of it.
-            None => self.wait(Goal::End, None).map(drop).map_err(drop),
+            None => drop(self.wait(Goal::End, None)),
         };
+        // What panics is memory of the user's, and the panic has been told. The server gets no
+        // answer to that, and to what else it asks for it does.
+        while catch_unwind(AssertUnwindSafe(serve)).is_err() {}
     }
 
     /// Ends the client's side.
@@ -244,6 +353,7 @@ impl Connection {
         if let Some(failure) = &waiting.failure {
             return Err(failure.to_error());
         }
+        waiting.check_thread()?;
         if waiting.slots.len() > usize::from(u16::MAX) {
             let message = "the server has left 65536 commands unanswered";
             return Err(Error::new(Errno::EBUSY, message));
@@ -270,14 +380,18 @@ impl Connection {
         descriptors: &[BorrowedFd<'_>],
         deadline: Option<Instant>,
     ) -> Result<Progress> {
-        if let Some(failure) = &self.lock().failure {
+        let waiting = self.lock();
+        if let Some(failure) = &waiting.failure {
             return Err(failure.to_error());
         }
+        waiting.check_thread()?;
+        drop(waiting);
         loop {
             let sent = send(&self.main, header, payload, descriptors);
             match sent {
                 Ok(Progress::Sent) => return Ok(Progress::Sent),
                 Ok(Progress::Kept) => {
+                    self.show();
                     self.kick();
                     return Ok(Progress::Kept);
                 }
@@ -286,9 +400,11 @@ impl Connection {
                     self.wait(Goal::Flushed, deadline)?
                         .ok_or_else(|| failure::unsent(self.timeout))?;
                 }
+                // Replies, of which one may say why, may have come before: whoever leads ends the
+                // connection when it has them.
                 Err(error) if error.is_closed() => {
-                    self.fail(error.into());
-                    return Err(Failure::from(error).to_error());
+                    self.kick();
+                    return Ok(Progress::Kept);
                 }
                 Err(error) => return Err(Failure::from(error).to_error()),
             }
@@ -302,6 +418,7 @@ impl Connection {
 
     /// Waits for something; `None` if the deadline has passed. What is not an answer is an empty one.
     fn wait(&self, goal: Goal, deadline: Option<Instant>) -> Result<Option<Answer>> {
+        let _departure = Departure(self, goal);
         loop {
             let mut waiting = self.lock();
             if let Goal::Answer(id) = goal {
@@ -316,8 +433,10 @@ impl Connection {
             }
             if let Some(failure) = &waiting.failure {
                 let error = failure.to_error();
-                if let Goal::Answer(id) = goal {
-                    waiting.slots.remove(&id);
+                match goal {
+                    Goal::Answer(id) => drop(waiting.slots.remove(&id)),
+                    Goal::Flushed => waiting.leave_flushing(),
+                    Goal::End | Goal::Nothing => {}
                 }
                 return Err(error);
             }
@@ -333,13 +452,14 @@ impl Connection {
                     return Ok(None);
                 }
                 Goal::Flushed if is_late => {
+                    waiting.leave_flushing();
                     hand_over(waiting);
                     return Ok(None);
                 }
                 _ => {}
             }
-            if !waiting.led {
-                waiting.led = true;
+            if waiting.led.is_none() {
+                waiting.led = Some(thread::current().id());
                 drop(waiting);
                 let leading = Leading(self);
                 let led = self.lead(goal, deadline);
@@ -358,17 +478,20 @@ impl Connection {
                 // Whoever leads serves.
                 Goal::Nothing => return Ok(None),
                 Goal::Flushed => {
+                    // First of all it is known to whoever flushes: what is flushed after the look
+                    // at the backlog wakes it.
+                    waiting.join_flushing();
                     drop(waiting);
-                    if !self.main.sender().has_backlog() {
-                        hand_over(self.lock());
+                    let sender = self.main.sender();
+                    let is_flushed = !sender.has_backlog() && sender.failure().is_none();
+                    drop(sender);
+                    if is_flushed {
+                        let mut waiting = self.lock();
+                        waiting.leave_flushing();
+                        hand_over(waiting);
                         return Ok(Some(Answer::empty()));
                     }
                     waiting = self.lock();
-                    // Who led may have left meanwhile, without knowing of this thread.
-                    if !waiting.led {
-                        continue;
-                    }
-                    waiting.flushing.push(thread::current());
                 }
                 Goal::End => waiting.idle = Some(thread::current()),
             }
@@ -390,9 +513,9 @@ impl Connection {
             let twin = twin.filter(|_| !self.twin_is_served.load(Ordering::Acquire));
             if let Some(twin) = twin {
                 self.drain(twin, goal, deadline)?;
-                let _ = twin.sender().flush()?;
+                self.flush(twin, deadline)?;
             }
-            let flushed = self.main.sender().flush()? == Progress::Sent;
+            let flushed = self.flush(&self.main, deadline)?;
             if flushed {
                 self.wake_flushing();
             }
@@ -401,6 +524,23 @@ impl Connection {
                 return Ok(self.is_reached(goal, flushed));
             }
             self.poll(twin, deadline)?;
+        }
+    }
+
+    /// Sends what is kept; tells whether nothing of it is left.
+    fn flush(&self, channel: &Channel, deadline: Option<Instant>) -> Result<bool, Failure> {
+        let flushed = channel.sender().flush();
+        match flushed {
+            Ok(progress) => Ok(progress == Progress::Sent),
+            Err(error) if error.is_closed() => {
+                // What it has sent before it went is there yet.
+                self.drain(channel, Goal::End, deadline)?;
+                match channel.left.load(Ordering::Acquire) {
+                    true => Ok(false),
+                    false => Err(error.into()),
+                }
+            }
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -420,16 +560,12 @@ impl Connection {
 
     /// Waits until one of the sockets is ready, or there is something else to wait for.
     fn poll(&self, twin: Option<&Channel>, deadline: Option<Instant>) -> Result<(), Failure> {
-        let wanted = |channel: &Channel| match channel.sender().has_backlog() {
-            true => PollFlags::POLLIN | PollFlags::POLLOUT,
-            false => PollFlags::POLLIN,
-        };
         let count = if twin.is_some() { 3 } else { 2 };
         let twin = twin.unwrap_or(&self.main);
         let mut polled = [
             PollFd::new(self.kick.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.main.as_fd(), wanted(&self.main)),
-            PollFd::new(twin.as_fd(), wanted(twin)),
+            PollFd::new(self.main.as_fd(), self.main.wanted()),
+            PollFd::new(twin.as_fd(), twin.wanted()),
         ];
         match poll(&mut polled[..count], timeout(deadline)) {
             Ok(_) | Err(Number::EINTR) => {}
@@ -443,8 +579,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Takes what has come on a socket, and answers what the server asks for; not for longer than
-    /// until the deadline, but always until nothing is left that does not make the socket readable.
+    /// Takes what has come on a socket, and answers what the server asks for: until the deadline, and
+    /// for as long as the server takes the answers. What is left then, is marked.
     fn drain(
         &self,
         channel: &Channel,
@@ -456,17 +592,33 @@ impl Connection {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         loop {
+            // Flushed first: the socket may have room by now. What fails does so again for `flush`.
+            let mut sender = channel.sender();
+            let _ = sender.flush();
+            let is_full = sender.is_full();
+            drop(sender);
+            if is_full {
+                break;
+            }
             let Some(message) = inbound.receiver.receive()? else {
-                return Ok(());
+                break;
             };
             self.take(channel, message, &mut inbound.scratch)?;
-            let enough = deadline.is_some_and(|deadline| Instant::now() >= deadline)
-                || self.ended.load(Ordering::Acquire)
-                || matches!(goal, Goal::Answer(_)) && self.is_reached(goal, false);
-            if enough && !inbound.receiver.is_ready() {
-                return Ok(());
+            let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            let (over, reached) = match goal {
+                // What was received costs no waiting.
+                Goal::Nothing => (false, late),
+                Goal::Answer(_) => (late, self.is_reached(goal, false)),
+                Goal::Flushed | Goal::End => (late, false),
+            };
+            let over = over || self.ended.load(Ordering::Acquire);
+            if over || reached && !inbound.receiver.is_ready() {
+                break;
             }
         }
+        let left = inbound.receiver.is_ready();
+        channel.left.store(left, Ordering::Release);
+        Ok(())
     }
 
     /// Gives a reply to the thread which waits for it, or answers a command.
@@ -545,9 +697,9 @@ impl Connection {
         drop(waiting);
         let all = threads.into_iter().chain(idle).chain(flushing);
         all.for_each(|thread| thread.unpark());
-        for socket in self.sockets() {
+        for channel in self.channels() {
             // The other side may have closed it.
-            let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
+            let _ = shutdown(channel.socket.as_raw_fd(), Shutdown::Both);
         }
         let _ = self.end.write(1);
     }
@@ -575,12 +727,32 @@ fn send(
     payload: &[&[u8]],
     descriptors: &[BorrowedFd<'_>],
 ) -> Result<Progress, StreamError> {
+    let header = sized(header, payload)?;
+    channel.sender().send(&parts(&header, payload), descriptors)
+}
+
+/// Has it take a reply, whatever it keeps already.
+fn send_reply(channel: &Channel, header: Header, payload: &[&[u8]]) -> Result<(), StreamError> {
+    let header = sized(header, payload)?;
+    let sent = channel.sender().insist(&parts(&header, payload));
+    match sent {
+        Ok(Progress::Sent | Progress::Kept | Progress::Full) => Ok(()),
+        // That it has gone is found behind what came before.
+        Err(error) if error.is_closed() => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// A header with the size of its message.
+fn sized(header: Header, payload: &[&[u8]]) -> Result<Header, StreamError> {
     let size = wire::HEADER + payload.iter().map(|part| part.len()).sum::<usize>();
     let size = u32::try_from(size).map_err(|_| StreamError::Socket(Number::EMSGSIZE))?;
-    let header = Header { size, ..header };
+    Ok(Header { size, ..header })
+}
+
+fn parts<'a>(header: &'a Header, payload: &[&'a [u8]]) -> [&'a [u8]; 4] {
     let [first, second, third] = std::array::from_fn(|at| payload.get(at).copied().unwrap_or(&[]));
-    let parts = [header.as_bytes(), first, second, third];
-    channel.sender().send(&parts, descriptors)
+    [header.as_bytes(), first, second, third]
 }
 
 /// The time to a deadline, as `poll` takes it, rounded up.

@@ -7,7 +7,7 @@ use zerocopy::IntoBytes;
 
 use super::description::{fixed, size};
 use super::features::pages;
-use super::lent::Lent;
+use super::lent::{Known, Lent, Serial};
 use super::{failure, Client, ClientMemory};
 use crate::error::{Errno, Error, Result};
 use crate::transport::{DmaAccess, IovaRange};
@@ -67,11 +67,11 @@ impl Client {
             access,
         };
         // Before the server hears of it: it may use the memory before the reply has come.
-        if !self.connection.lent().insert(lent) {
+        let serial = self.connection.lent().insert(lent).ok_or_else(|| {
             let message = format!("something is mapped at IOVA {iova:#x} or behind it");
             let exists = Errno::new(libc::EEXIST).unwrap_or(Errno::EINVAL);
-            return Err(Error::new(exists, message));
-        }
+            Error::new(exists, message)
+        })?;
         let map = DmaMap {
             argsz: size::<DmaMap>(),
             flags: flags(access),
@@ -82,11 +82,12 @@ impl Client {
         let fds: Vec<_> = file.iter().map(|(file, _)| *file).collect();
         let mapped = self.connection.call(COMMAND, &[map.as_bytes()], &fds);
         let mapped = mapped.and_then(|answer| self.finish(COMMAND, answer));
-        if let Err(error) = &mapped {
+        let lent = self.connection.lent();
+        match &mapped {
+            Ok(()) => lent.confirm(serial),
             // A server that has not answered may use it yet.
-            if !error.is_timed_out() {
-                self.connection.lent().remove(iova);
-            }
+            Err(error) if error.is_timed_out() => lent.doubt(serial),
+            Err(_) => drop(lent.remove(serial)),
         }
         mapped
     }
@@ -98,13 +99,14 @@ impl Client {
     ///
     /// `EINVAL`: the IOVA or the length is not a multiple of 4096, the length is 0, or a part only
     /// of some mapping lies in the range. `EOVERFLOW`: it ends beyond 2^64. Else what the server
-    /// returned for one of the mappings; those before it are unmapped.
+    /// returned for one of the mappings; those before it are unmapped. If it has not answered in
+    /// time, the mapping is there or not; unmap it again before you map anything else there.
     pub fn dma_unmap(&self, iova: u64, len: u64) -> Result<u64> {
         let mut unmapped = 0;
         // The protocol unmaps what was mapped, one by one.
-        for range in self.mapped(iova, len)? {
-            self.unmap(range, None)?;
-            unmapped += range.len();
+        for known in self.mapped(iova, len)? {
+            self.unmap(known, None)?;
+            unmapped += known.range.len();
         }
         Ok(unmapped)
     }
@@ -119,7 +121,8 @@ impl Client {
     /// recorded it.
     pub fn dma_unmap_dirty(&self, iova: u64, len: u64) -> Result<Vec<u64>> {
         let mut dirty = Vec::new();
-        for range in self.mapped(iova, len)? {
+        for known in self.mapped(iova, len)? {
+            let range = known.range;
             let words = range.len().div_ceil(PAGE).div_ceil(64);
             let bytes = words.checked_mul(8);
             let bytes = bytes.filter(|bytes| *bytes <= self.max_data() as u64);
@@ -135,12 +138,13 @@ impl Client {
                 pgsize: PAGE,
                 size: bytes,
             };
-            dirty.extend(self.unmap(range, Some(bitmap))?);
+            dirty.extend(self.unmap(known, Some(bitmap))?);
         }
         Ok(dirty)
     }
 
-    /// Unmaps everything; tells how many bytes that were.
+    /// Unmaps everything; tells how many bytes that were. What other threads are just mapping may be
+    /// mapped after it.
     ///
     /// # Errors
     ///
@@ -152,14 +156,22 @@ impl Client {
             flags: DmaUnmap::ALL,
             ..DmaUnmap::default()
         };
-        let answer = self.connection.call(COMMAND, &[unmap.as_bytes()], &[])?;
+        let lent = self.connection.lent();
+        let settled: Vec<Serial> = lent.settled();
+        let answer = self.connection.call(COMMAND, &[unmap.as_bytes()], &[]);
+        let answer = answer.inspect_err(|error| {
+            if error.is_timed_out() {
+                settled.iter().for_each(|serial| lent.doubt(*serial));
+            }
+        })?;
         fixed::<DmaUnmap>(COMMAND, &answer)?;
         self.connection.done(answer);
-        Ok(self.connection.lent().clear())
+        let sizes = settled.into_iter().map(|serial| lent.remove(serial));
+        Ok(sizes.fold(0, u64::saturating_add))
     }
 
     /// The mappings in a range.
-    fn mapped(&self, iova: u64, len: u64) -> Result<Vec<IovaRange>> {
+    fn mapped(&self, iova: u64, len: u64) -> Result<Vec<Known>> {
         let range = aligned(iova, len)?;
         self.connection.lent().within(range).map_err(|errno| {
             let message = format!("a part of a mapping only lies in {len:#x} bytes at {iova:#x}");
@@ -168,8 +180,10 @@ impl Client {
     }
 
     /// Unmaps one mapping; tells which of its pages are dirty, if that is wanted.
-    fn unmap(&self, range: IovaRange, bitmap: Option<Bitmap>) -> Result<Vec<u64>> {
+    fn unmap(&self, known: Known, bitmap: Option<Bitmap>) -> Result<Vec<u64>> {
         const COMMAND: Command = Command::DmaUnmap;
+        let Known { range, serial, .. } = known;
+        let lent = self.connection.lent();
         let extra = bitmap.map_or(0, |bitmap| bitmap.size + u64::from(size::<Bitmap>()));
         let unmap = DmaUnmap {
             argsz: u32::try_from(extra + u64::from(size::<DmaUnmap>()))
@@ -182,7 +196,20 @@ impl Client {
             unmap.as_bytes(),
             bitmap.as_ref().map_or(&[], Bitmap::as_bytes),
         ];
-        let answer = self.connection.call(COMMAND, &payload, &[])?;
+        let answer = match self.connection.call(COMMAND, &payload, &[]) {
+            Ok(answer) => answer,
+            // It was mapped, or unmapped, by a command to which the server did not answer in time.
+            Err(error) if known.doubtful && is_missing(error.errno()) => {
+                lent.remove(serial);
+                return Ok(Vec::new());
+            }
+            Err(error) => {
+                if error.is_timed_out() {
+                    lent.doubt(serial);
+                }
+                return Err(error);
+            }
+        };
         let (came, rest) = fixed::<DmaUnmap>(COMMAND, &answer)?;
         if (came.address, came.size) != (unmap.address, unmap.size) {
             let what = format!(
@@ -205,9 +232,14 @@ impl Client {
             None => Vec::new(),
         };
         self.connection.done(answer);
-        self.connection.lent().remove(range.first());
+        lent.remove(serial);
         Ok(dirty)
     }
+}
+
+/// Whether a server that answers an unmap with this may mean that nothing is mapped there.
+fn is_missing(errno: Errno) -> bool {
+    [libc::ENOENT, libc::EINVAL].contains(&errno.number())
 }
 
 fn flags(access: DmaAccess) -> u32 {

@@ -20,7 +20,6 @@ pub(super) struct Failure {
 enum Kind {
     Disconnected,
     Protocol,
-    Late,
     Socket(i32),
 }
 
@@ -32,19 +31,11 @@ impl Failure {
         }
     }
 
-    pub(super) const fn late(message: String) -> Self {
-        Self {
-            kind: Kind::Late,
-            message,
-        }
-    }
-
     pub(super) fn to_error(&self) -> Error {
         let message = self.message.clone();
         match self.kind {
             Kind::Disconnected => Error::disconnected(message),
             Kind::Protocol => Error::protocol(message),
-            Kind::Late => Error::timed_out(message),
             Kind::Socket(number) => Error::new(Errno::new(number).unwrap_or(Errno::EIO), message),
         }
     }

@@ -4,6 +4,7 @@
 //! A server may do so with memory of which it has the descriptor, too.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::error::Errno;
@@ -13,7 +14,35 @@ use crate::transport::{DmaAccess, IovaRange};
 /// What is mapped, by IOVA.
 #[derive(Debug, Default)]
 pub(super) struct LentMemory {
-    mappings: RwLock<BTreeMap<u64, Lent>>,
+    mappings: RwLock<BTreeMap<u64, Entry>>,
+    next: AtomicU64,
+}
+
+/// Which of all mappings that ever were: another one at the same IOVA is another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Serial {
+    iova: u64,
+    number: u64,
+}
+
+/// A mapping that the client knows.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Known {
+    pub(super) range: IovaRange,
+    pub(super) serial: Serial,
+    /// Whether the server may have it or not.
+    pub(super) doubtful: bool,
+}
+
+#[derive(Debug)]
+struct Entry {
+    lent: Lent,
+    serial: Serial,
+    /// Whether the server has not answered yet that it has it.
+    mapping: bool,
+    /// Whether the server was asked for something, and has not answered, so that it may have the
+    /// mapping or not.
+    doubtful: bool,
 }
 
 /// One mapping.
@@ -27,28 +56,65 @@ pub(super) struct Lent {
 }
 
 impl LentMemory {
-    /// Puts a mapping in, where there is none yet; tells whether that is so.
-    pub(super) fn insert(&self, lent: Lent) -> bool {
+    /// Puts a mapping in that the server is going to be told of; `None` if there is one already.
+    pub(super) fn insert(&self, lent: Lent) -> Option<Serial> {
         let mut mappings = self.write_lock();
         let last = lent.range.last();
         let before = mappings.range(..=last).next_back();
-        if before.is_some_and(|(_, before)| before.range.overlaps(lent.range)) {
-            return false;
+        if before.is_some_and(|(_, before)| before.lent.range.overlaps(lent.range)) {
+            return None;
         }
-        mappings.insert(lent.range.first(), lent);
-        true
+        let serial = Serial {
+            iova: lent.range.first(),
+            number: self.next.fetch_add(1, Ordering::Relaxed),
+        };
+        let entry = Entry {
+            serial,
+            mapping: true,
+            doubtful: false,
+            lent,
+        };
+        mappings.insert(entry.lent.range.first(), entry);
+        Some(serial)
     }
 
-    /// Takes the mapping which starts there out.
-    pub(super) fn remove(&self, iova: u64) {
-        self.write_lock().remove(&iova);
+    /// The server has answered that it has the mapping.
+    pub(super) fn confirm(&self, serial: Serial) {
+        self.change(serial, |entry| entry.mapping = false);
     }
 
-    /// Takes all mappings out; tells how many bytes they had.
-    pub(super) fn clear(&self) -> u64 {
-        let mappings = std::mem::take(&mut *self.write_lock());
-        let sizes = mappings.values().map(|lent| lent.range.len());
-        sizes.fold(0, u64::saturating_add)
+    /// The server has not answered, so it may have the mapping or not.
+    pub(super) fn doubt(&self, serial: Serial) {
+        self.change(serial, |entry| {
+            entry.mapping = false;
+            entry.doubtful = true;
+        });
+    }
+
+    /// Takes a mapping out; tells how many bytes it had, if it was there.
+    pub(super) fn remove(&self, serial: Serial) -> u64 {
+        let mut mappings = self.write_lock();
+        let found = mappings.get(&serial.iova);
+        if found.is_none_or(|entry| entry.serial != serial) {
+            return 0;
+        }
+        let removed = mappings.remove(&serial.iova);
+        removed.map_or(0, |entry| entry.lent.range.len())
+    }
+
+    /// The mappings that the server has, before it is told to drop all. Of those that it is just
+    /// being told of nobody can say which comes first: they stay, and are in doubt.
+    pub(super) fn settled(&self) -> Vec<Serial> {
+        let mut mappings = self.write_lock();
+        let mut settled = Vec::new();
+        for entry in mappings.values_mut() {
+            if entry.mapping {
+                entry.doubtful = true;
+            } else {
+                settled.push(entry.serial);
+            }
+        }
+        settled
     }
 
     /// The mappings that lie in a range.
@@ -56,15 +122,19 @@ impl LentMemory {
     /// # Errors
     ///
     /// `EINVAL`: of one, a part only does.
-    pub(super) fn within(&self, range: IovaRange) -> Result<Vec<IovaRange>, Errno> {
+    pub(super) fn within(&self, range: IovaRange) -> Result<Vec<Known>, Errno> {
         let mappings = self.read_lock();
         let from_end = mappings.range(..=range.last()).rev();
         let mut found = Vec::new();
-        for (_, lent) in from_end.take_while(|(_, lent)| lent.range.overlaps(range)) {
-            if !range.contains(lent.range) {
+        for (_, entry) in from_end.take_while(|(_, entry)| entry.lent.range.overlaps(range)) {
+            if !range.contains(entry.lent.range) {
                 return Err(Errno::EINVAL);
             }
-            found.push(lent.range);
+            found.push(Known {
+                range: entry.lent.range,
+                serial: entry.serial,
+                doubtful: entry.doubtful,
+            });
         }
         found.reverse();
         Ok(found)
@@ -127,15 +197,23 @@ impl LentMemory {
 
     fn find(&self, iova: u64) -> Option<Lent> {
         let mappings = self.read_lock();
-        let (_, lent) = mappings.range(..=iova).next_back()?;
-        (iova <= lent.range.last()).then(|| lent.clone())
+        let (_, entry) = mappings.range(..=iova).next_back()?;
+        (iova <= entry.lent.range.last()).then(|| entry.lent.clone())
     }
 
-    fn read_lock(&self) -> RwLockReadGuard<'_, BTreeMap<u64, Lent>> {
+    fn change(&self, serial: Serial, change: impl FnOnce(&mut Entry)) {
+        let mut mappings = self.write_lock();
+        let found = mappings.get_mut(&serial.iova);
+        if let Some(entry) = found.filter(|entry| entry.serial == serial) {
+            change(entry);
+        }
+    }
+
+    fn read_lock(&self) -> RwLockReadGuard<'_, BTreeMap<u64, Entry>> {
         self.mappings.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write_lock(&self) -> RwLockWriteGuard<'_, BTreeMap<u64, Lent>> {
+    fn write_lock(&self) -> RwLockWriteGuard<'_, BTreeMap<u64, Entry>> {
         self.mappings
             .write()
             .unwrap_or_else(PoisonError::into_inner)

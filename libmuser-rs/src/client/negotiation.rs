@@ -66,7 +66,11 @@ pub(super) fn connect_to(path: &Path, timeout: Duration) -> Result<OwnedFd> {
 
 /// Makes a connection of a connected socket: proposes a version, and checks what the server makes of
 /// it.
-pub(super) fn negotiate(socket: OwnedFd, options: &Options) -> Result<(Connection, Agreement)> {
+pub(super) fn negotiate(
+    socket: OwnedFd,
+    options: &Options,
+    deadline: Option<Instant>,
+) -> Result<(Connection, Agreement)> {
     check_socket(&socket).map_err(|what| Error::io(what, Number::EINVAL))?;
     let limits = Limits {
         message: wire::max_message(options.max_data),
@@ -75,7 +79,6 @@ pub(super) fn negotiate(socket: OwnedFd, options: &Options) -> Result<(Connectio
         backlog: BACKLOG,
     };
     let (mut sender, mut receiver) = stream::split(socket, limits);
-    let deadline = Instant::now().checked_add(options.timeout);
     let late = || failure::late(Command::Version, options.timeout);
 
     propose(&mut sender, options)?;
@@ -95,7 +98,7 @@ pub(super) fn negotiate(socket: OwnedFd, options: &Options) -> Result<(Connectio
         let (sender, receiver) = stream::split(twin, limits);
         Channel::new(sender, receiver)
     });
-    let connection = Connection::new(main, twin, options.max_data, options.timeout)?;
+    let connection = Connection::new(main, twin, options.max_data, options.timeout, deadline)?;
     Ok((connection, agreement))
 }
 

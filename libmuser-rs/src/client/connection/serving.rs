@@ -3,16 +3,15 @@
 
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use nix::errno::Errno as Number;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use zerocopy::IntoBytes;
 
-use super::{send, Channel, Connection, Goal};
+use super::{send_reply, Channel, Connection, Goal};
 use crate::client::failure::{self, Failure};
 use crate::error::Errno;
-use crate::vfio_user::stream::{self, Progress, Ready, StreamError};
+use crate::vfio_user::stream::StreamError;
 use crate::vfio_user::wire::payload::DmaAccess;
 use crate::vfio_user::wire::request::ServerRequest;
 use crate::vfio_user::wire::{Command, Header};
@@ -31,36 +30,25 @@ impl Connection {
         scratch.clear();
         let done = self.perform(header, body, has_descriptors, scratch);
         if let Err(errno) = &done {
-            log::warn!("{}", failure::refusing(&header, *errno));
+            // A server may ask for nonsense for as long as it likes.
+            let count = self.refused.fetch_add(1, Ordering::Relaxed) + 1;
+            if count <= 16 || count.is_power_of_two() {
+                let what = failure::refusing(&header, *errno);
+                log::warn!("{what} (number {count} that is refused)");
+            }
         }
         if no_reply {
             return Ok(());
         }
-        let deadline = Instant::now().checked_add(self.timeout);
-        loop {
-            let sent = match &done {
-                Ok(access) => {
-                    let payload = [access.as_bytes(), scratch.as_slice()];
-                    send(channel, header.reply(Ok(())), &payload, &[])
-                }
-                Err(errno) => send(channel, header.reply(Err(*errno)), &[], &[]),
-            };
-            if sent? != Progress::Full {
-                return Ok(());
+        // There was room before the command was taken.
+        let sent = match &done {
+            Ok(access) => {
+                let payload = [access.as_bytes(), scratch.as_slice()];
+                send_reply(channel, header.reply(Ok(())), &payload)
             }
-            // It asks for more and more, and takes nothing of it: nothing more is received from it
-            // until it does.
-            let wanted = Ready {
-                receive: false,
-                send: true,
-            };
-            if !stream::wait(channel.as_fd(), wanted, deadline)?.send {
-                return Err(Failure::late(format!(
-                    "the server has not received what it asked for in {:?}",
-                    self.timeout
-                )));
-            }
-        }
+            Err(errno) => send_reply(channel, header.reply(Err(*errno)), &[]),
+        };
+        sent.map_err(Failure::from)
     }
 
     /// Reads or writes memory for the server; what was read is in `read`.
@@ -96,15 +84,26 @@ impl Connection {
     pub(super) fn serve_twin(&self, twin: &Channel) -> Result<(), Failure> {
         while !self.ended.load(Ordering::Acquire) {
             self.drain(twin, Goal::End, None)?;
-            let mut wanted = PollFlags::POLLIN;
-            if twin.sender().flush()? == Progress::Kept {
-                wanted |= PollFlags::POLLOUT;
+            self.flush(twin, None)?;
+            let kept = !self.flush(&self.main, None)?;
+            if !kept {
+                self.wake_flushing();
             }
-            let end = PollFd::new(self.end.as_fd(), PollFlags::POLLIN);
-            let mut polled = [end, PollFd::new(twin.as_fd(), wanted)];
-            match poll(&mut polled, PollTimeout::NONE) {
+            let mut polled = [
+                PollFd::new(self.end.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.stir.as_fd(), PollFlags::POLLIN),
+                PollFd::new(twin.as_fd(), twin.wanted()),
+                PollFd::new(self.main.as_fd(), PollFlags::POLLOUT),
+            ];
+            // Replies on the other socket are for those who wait for them.
+            let count = if kept { 4 } else { 3 };
+            match poll(&mut polled[..count], PollTimeout::NONE) {
                 Ok(_) | Err(Number::EINTR) => {}
                 Err(error) => return Err(StreamError::Socket(error).into()),
+            }
+            let is_stirred = polled[1].any().unwrap_or(false);
+            if is_stirred {
+                let _ = self.stir.read();
             }
         }
         Ok(())

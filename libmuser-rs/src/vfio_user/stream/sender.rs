@@ -72,6 +72,32 @@ impl Sender {
         !self.kept.is_empty()
     }
 
+    /// Whether so much is kept that [`send`](Self::send) would take nothing.
+    pub(crate) fn is_full(&self) -> bool {
+        !self.kept.is_empty() && self.kept.len() >= self.backlog
+    }
+
+    /// Why nothing can be sent any more.
+    pub(crate) const fn failure(&self) -> Option<StreamError> {
+        self.failed
+    }
+
+    /// Sends a message as [`send`](Self::send) does, also when too much is kept already. Who calls
+    /// it sees to it that there are few of these.
+    ///
+    /// # Errors
+    ///
+    /// As [`send`](Self::send).
+    pub(crate) fn insist(&mut self, parts: &[&[u8]]) -> Result<Progress, StreamError> {
+        match self.send(parts, &[])? {
+            Progress::Full => {
+                self.keep(parts, 0, &[])?;
+                Ok(Progress::Kept)
+            }
+            progress => Ok(progress),
+        }
+    }
+
     /// Sends a message, which is the `parts` one behind the other.
     ///
     /// A message of any size is taken while less than the limit is kept, so what is kept is bounded
