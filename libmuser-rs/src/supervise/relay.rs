@@ -4,6 +4,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::client::Channel;
@@ -21,6 +22,8 @@ use crate::vfio_user::wire::{Command, Header, Kind};
 
 /// Messages that are taken from a side before the other has its turn.
 const TURN: usize = 64;
+/// Turns of a program that has gone: more than its socket has messages.
+const MOST_TURNS: usize = 256;
 
 /// A message of a program's.
 struct FromProgram {
@@ -91,6 +94,13 @@ impl Supervisor {
             }
             Received::Packet(packet, descriptors) => (packet, descriptors),
         };
+        if matches!(packet.0, Packet::Closed) {
+            // What it has sent before that is as good as ever.
+            self.drain_program();
+            if self.program.is_none() {
+                return;
+            }
+        }
         let done = match (packet, &mut self.device) {
             ((Packet::Memory, files), Some(device)) => device.complete(files),
             ((Packet::Closed, areas), Some(device)) => {
@@ -145,15 +155,27 @@ impl Supervisor {
     /// The program is gone: what it had not answered is for the next one.
     fn program_gone(&mut self) {
         // What it has sent before is as good as if it lived.
-        if self
-            .program
-            .as_ref()
-            .is_some_and(|program| program.stream.is_some())
-        {
-            self.take_from_program();
-            self.take_from_program_twin();
-        }
+        self.drain_program();
         self.drop_program();
+    }
+
+    /// Takes all that a program has sent which will send no more.
+    fn drain_program(&mut self) {
+        // One that sends on and on is not believed that it has come to its end.
+        for _ in 0..MOST_TURNS {
+            let Some(stream) = self
+                .program
+                .as_mut()
+                .and_then(|program| program.stream.as_mut())
+            else {
+                return;
+            };
+            if stream.ended || !has_more(stream) {
+                break;
+            }
+            self.take_messages_of_program(|_| false);
+        }
+        self.take_from_program_twin();
     }
 
     fn drop_program(&mut self) {
@@ -294,9 +316,17 @@ impl Supervisor {
         }
     }
 
-    /// Takes messages from the program.
+    /// Takes messages from the program, as long as the client takes what they bring.
     pub(super) fn take_from_program(&mut self) {
+        self.take_messages_of_program(|client| client.main.sender.has_backlog());
+    }
+
+    /// Takes messages from the program, as long as the client is not one to `stop` at.
+    fn take_messages_of_program(&mut self, stop: impl Fn(&Client) -> bool) {
         for _ in 0..TURN {
+            if self.client.as_ref().is_some_and(&stop) {
+                return;
+            }
             let Some(program) = &mut self.program else {
                 return;
             };
@@ -388,6 +418,10 @@ impl Supervisor {
             let Some((_, receiver)) = &mut stream.twin else {
                 return;
             };
+            let twin = self.client.as_ref().and_then(|client| client.twin.as_ref());
+            if twin.is_some_and(|twin| twin.sender.has_backlog()) {
+                return;
+            }
             let message = match receiver.receive() {
                 Ok(Some(message)) => message,
                 Ok(None) => return,
@@ -411,6 +445,12 @@ impl Supervisor {
             }
         }
     }
+}
+
+/// Whether a program's stream has something, or its end.
+fn has_more(stream: &Stream) -> bool {
+    let mut polled = [PollFd::new(stream.sender.as_fd(), PollFlags::POLLIN)];
+    stream.receiver.is_ready() || poll(&mut polled, PollTimeout::ZERO).is_ok_and(|count| count > 0)
 }
 
 /// The program's id for what the client replies to, if it is still there.

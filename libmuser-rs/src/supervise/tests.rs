@@ -383,3 +383,44 @@ fn answer_for_a_program_that_is_gone_reaches_nobody() {
     assert!(program.receive().is_none());
     drop(control);
 }
+
+#[test]
+fn replies_before_the_end_of_a_session_reach_the_client() {
+    let mut stage = Stage::new();
+    for id in 0..200 {
+        stage.ask(id);
+    }
+    while let Some((number, header, _)) = stage.program.receive() {
+        stage.program.send(number, header.reply(Ok(())), &[9; 20]);
+    }
+
+    control::send(stage.control.as_fd(), &Packet::Closed, &[]).unwrap();
+    settle(&mut stage.supervisor);
+
+    let mut answered = 0;
+    while let Some((_, header, _)) = stage.client.receive() {
+        assert_eq!(header.id, answered);
+        answered += 1;
+    }
+    assert_eq!(answered, 200);
+    assert!(!stage.supervisor.has_client());
+}
+
+#[test]
+fn replies_of_a_program_that_dies_are_not_asked_for_again() {
+    let mut stage = Stage::new();
+    for id in 0..200 {
+        stage.ask(id);
+    }
+    while let Some((number, header, _)) = stage.program.receive() {
+        stage.program.send(number, header.reply(Ok(())), &[9; 20]);
+    }
+    let (gone, _other) = UnixStream::pair().unwrap();
+
+    stage.program = Peer::new(gone.into(), true);
+    stage.control = std::fs::File::open("/dev/null").unwrap().into();
+    settle(&mut stage.supervisor);
+
+    assert_eq!(stage.supervisor.counters().replays, 0);
+    assert_eq!(std::iter::from_fn(|| stage.client.receive()).count(), 200);
+}

@@ -161,9 +161,9 @@ impl Listener {
 }
 
 impl Listener {
-    /// Lets one in, only to close the door behind it; tells whether there was one. Without room the
-    /// kernel does not say.
-    fn turn_away(&self) -> bool {
+    /// Lets one in, if there is one, only to close the door behind it. Without room the kernel does not
+    /// say.
+    fn turn_away(&self) {
         let mut held = self.reserve.lock().unwrap_or_else(PoisonError::into_inner);
         *held = None;
         let turned_away = self.socket.accept().is_ok();
@@ -171,7 +171,6 @@ impl Listener {
         if turned_away {
             log::warn!("a client is refused: this process has too many descriptors");
         }
-        turned_away
     }
 }
 
@@ -199,9 +198,9 @@ impl Door for Listener {
                     return Ok(Knock::Nobody)
                 }
                 Err(error) if has_no_room(&error) => {
-                    if !self.turn_away() {
-                        return Ok(Knock::Nobody);
-                    }
+                    // There is none with nobody at the door either. Who is, makes the socket readable.
+                    self.turn_away();
+                    return Ok(Knock::Nobody);
                 }
                 Err(error) => return Err(Error::io("accepting a client", error)),
             }
