@@ -86,6 +86,9 @@ pub(super) struct Session {
     hung_up: bool,
     /// Whether the next command waits for the requests in flight.
     pub(super) waits: bool,
+    /// Whether that command, which may be looked at again, comes before what is signalled from now
+    /// on.
+    pub(super) first: bool,
     watched: bool,
 }
 
@@ -244,6 +247,7 @@ impl Session {
             ended: None,
             hung_up: false,
             waits: false,
+            first: false,
             watched: true,
         })
     }
