@@ -4,6 +4,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
 
+use std::fs::File;
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
@@ -12,7 +14,7 @@ use libmuser::transport::{
 };
 use libmuser::vfio_user::wire::payload;
 use libmuser::vfio_user::wire::Command;
-use libmuser::{Bar, PciBuilder};
+use libmuser::{Bar, PciBuilder, Width};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use zerocopy::IntoBytes;
 
@@ -32,7 +34,10 @@ impl Hand {
         let directory = Directory::new();
         let path = directory.0.join("socket");
         let mut transport = SocketTransport::listen(&path, Default::default()).unwrap();
-        let model = PciBuilder::new(0x1234, 0x5678).bar(0, Bar::memory32(0x4000));
+        let bar = Bar::memory32(0x4000)
+            .ioeventfd(0x10, Width::Dword, None)
+            .ioeventfd(0x20, Width::Dword, None);
+        let model = PciBuilder::new(0x1234, 0x5678).bar(0, bar);
         let model = model.build().unwrap();
         transport
             .attach(model.description(), &AttachOptions::new())
@@ -50,7 +55,9 @@ impl Hand {
 
     fn client(&mut self) -> RawClient {
         let mut client = self.connect();
-        client.send(Command::Version, &[payload::Version::default().as_bytes()]);
+        let data = b"{\"capabilities\":{\"max_msg_fds\":2}}\0";
+        let version = payload::Version::default();
+        client.send(Command::Version, &[version.as_bytes(), data]);
         self.settle();
         assert_eq!(client.receive().result(), Ok(()));
         client
@@ -102,6 +109,74 @@ impl Hand {
 
 fn read(client: &mut RawClient, len: usize) {
     client.send(Command::RegionRead, &[access(0, 0, len).as_bytes()]);
+}
+
+/// The eventfds which are writes to 0x10 and 0x20.
+fn io_events(hand: &mut Hand, client: &mut RawClient) -> Vec<File> {
+    let query = payload::RegionIoFds {
+        argsz: 96,
+        ..Default::default()
+    };
+    client.send(Command::DeviceGetRegionIoFds, &[query.as_bytes()]);
+    hand.settle();
+    let reply = client.receive();
+    assert_eq!((reply.result(), reply.fds.len()), (Ok(()), 2));
+    reply.fds.into_iter().map(File::from).collect()
+}
+
+fn signal(mut event: &File) {
+    event.write_all(&1_u64.to_ne_bytes()).unwrap();
+}
+
+fn write(offset: u64) -> Operation {
+    Operation::Write { region: 0, offset }
+}
+
+const RESET: Operation = Operation::Reset { close: false };
+
+#[test]
+fn signal_before_a_reset_is_a_write_before_it() {
+    let mut hand = Hand::new();
+    let mut client = hand.client();
+    let events = io_events(&mut hand, &mut client);
+
+    signal(&events[0]);
+    client.send(Command::DeviceReset, &[]);
+
+    let first = hand.expect();
+    assert_eq!(first.operation, write(0x10));
+    hand.settle();
+    hand.reply(first.token, 0);
+    let second = hand.expect();
+    assert_eq!(second.operation, RESET);
+    hand.reply(second.token, 0);
+    assert_eq!(client.receive().result(), Ok(()));
+    hand.settle();
+}
+
+#[test]
+fn reset_that_waits_is_not_passed_by_signals() {
+    let mut hand = Hand::new();
+    let mut client = hand.client();
+    let events = io_events(&mut hand, &mut client);
+    signal(&events[0]);
+    let first = hand.expect();
+    client.send(Command::DeviceReset, &[]);
+    hand.settle();
+
+    signal(&events[1]);
+    signal(&events[0]);
+    hand.settle();
+    hand.reply(first.token, 0);
+
+    let reset = hand.expect();
+    assert_eq!(reset.operation, RESET);
+    hand.settle();
+    hand.reply(reset.token, 0);
+    let mut writes: Vec<_> = (0..2).map(|_| hand.expect().operation).collect();
+    writes.sort_by_key(|operation| format!("{operation:?}"));
+    assert_eq!(writes, [write(0x10), write(0x20)]);
+    assert!(!hand.is_readable());
 }
 
 #[test]

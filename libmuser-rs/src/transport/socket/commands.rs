@@ -115,14 +115,24 @@ impl State {
             session.end(format!("its first command is {command}, and {why}"));
             return Ok(Handled::Answered);
         }
-        let waits = matches!(order(command), Order::Barrier) && !self.flights_are_over();
-        if waits || !self.has_room() {
+        let is_barrier = matches!(order(command), Order::Barrier);
+        if is_barrier && !session.first {
+            // What was signalled before it was sent is a write before it.
+            self.note_io_events();
+        }
+        let is_clear = self.flights_are_over() && !self.io_events.has_signals();
+        if is_barrier && !is_clear || !self.has_room() {
             if let Some(session) = &mut self.session {
                 session.put_back(incoming, std::mem::take(data));
                 session.waits = true;
+                session.first = true;
             }
             return Ok(Handled::Later);
         }
+        if let Some(session) = &mut self.session {
+            session.first = false;
+        }
+        self.io_events.release();
         let fds = incoming.descriptors;
         let handled = if fds.lost() > 0 {
             // Those beyond what was agreed upon; or this process can't have more.

@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -21,7 +22,7 @@ use super::guests::Guests;
 use super::interrupts::Gates;
 use super::io_events::IoEvents;
 use super::keeper::Keeper;
-use super::session::{Framing, ReplyTo, Session};
+use super::session::{Channel, Framing, ReplyTo, Session};
 use crate::error::{Errno, Error, Result};
 use crate::transport::dma::{DmaTable, FileCache};
 use crate::transport::irqs::Irqs;
@@ -40,6 +41,10 @@ const OWN: u64 = 1 << 63;
 const LOGGED: u64 = 32;
 /// Turns after which it is looked what has happened beside the client's commands.
 const TURNS: u32 = 64;
+/// Commands that are answered in one turn, and the time they may take together: a client that sends
+/// without end must not keep whoever serves it from hearing anything else.
+const ANSWERS: usize = 64;
+const ANSWERING: Duration = Duration::from_millis(1);
 
 /// What the threads of a server share.
 #[derive(Debug)]
@@ -336,9 +341,13 @@ impl State {
     }
 
     /// The request which the client's next command is; commands that the device need not know of
-    /// are answered.
+    /// are answered, though not without end: the descriptor stays readable for the rest.
     fn take_command(&mut self, hub: &Hub, data: &mut Vec<u8>) -> Result<Option<Request>> {
-        loop {
+        let mut begin = None;
+        for _ in 0..ANSWERS {
+            if begin.is_some_and(|begin: Instant| begin.elapsed() >= ANSWERING) {
+                break;
+            }
             if self.exclusive {
                 return Ok(None);
             }
@@ -359,7 +368,10 @@ impl State {
             if session.ended.is_none() {
                 match session.next(data) {
                     Ok(Some(incoming)) => match self.handle(hub, incoming, data)? {
-                        Handled::Answered => continue,
+                        Handled::Answered => {
+                            begin.get_or_insert_with(Instant::now);
+                            continue;
+                        }
                         Handled::Taken(request) => return Ok(Some(request)),
                         Handled::Later => return Ok(None),
                     },
@@ -369,12 +381,18 @@ impl State {
             }
             self.end_session(hub);
         }
+        Ok(None)
     }
 
     /// Looks at what is not the client's commands.
     fn look_around(&mut self, hub: &Hub) -> Result<()> {
         let mut happened = std::mem::take(&mut self.happened);
         let mut looked = hub.events.look(&mut happened);
+        if let Some(session) = &mut self.session {
+            if session.twin.as_ref().is_some_and(Channel::is_ready) {
+                session.pump_twin();
+            }
+        }
         for source in happened.sources() {
             match source {
                 Source::Inside | Source::Main => {}
@@ -407,8 +425,9 @@ impl State {
     pub(super) fn update(&mut self, hub: &Hub) -> Result<()> {
         let blocked = self.exclusive || self.closing != Closing::No;
         if let Some(session) = &mut self.session {
-            if blocked || session.is_blocked() {
-                // What can't be handled yet must not keep the descriptor readable.
+            if blocked || session.is_blocked() || session.awaits_reply() {
+                // What can't be handled yet must not keep the descriptor readable, and a reply that
+                // was received along with a command is for who waits: the socket does not show it.
                 session.pump();
             }
         }
@@ -421,6 +440,8 @@ impl State {
             session.watch(&hub.events)?;
             // That it has gone may just have been found, and then replies block nothing any more.
             inside |= !blocked && !session.is_blocked() && session.is_ready();
+            // Of what can't be handled yet, some may be in the buffer still, and is to be pumped.
+            inside |= session.can_pump();
             answers = session.exchanges.has_answers();
         }
         if inside != self.inside {

@@ -29,11 +29,18 @@ pub(super) struct IoEvents {
     events: Vec<(usize, EventFd)>,
     /// Those that were signalled.
     signalled: VecDeque<usize>,
+    /// Those that were signalled when a command was waiting for what was before it.
+    later: VecDeque<usize>,
 }
 
 impl IoEvents {
     pub(super) fn has_signals(&self) -> bool {
         !self.signalled.is_empty()
+    }
+
+    /// The command that waited has had its turn: what was signalled meanwhile is next.
+    pub(super) fn release(&mut self) {
+        self.signalled.append(&mut self.later);
     }
 
     fn get(&self, number: usize) -> Option<BorrowedFd<'_>> {
@@ -111,12 +118,32 @@ impl State {
         Ok(())
     }
 
-    /// One was signalled, or may have been.
+    /// One was signalled, or may have been. It is behind a command that waits, which otherwise would
+    /// never have its turn where there is always a signal.
     pub(super) fn note_io_event(&mut self, number: u32) {
         let number = usize::try_from(number).unwrap_or(usize::MAX);
-        let taken = self.io_events.get(number).map(event::take);
-        if matches!(taken, Some(Ok(_))) && !self.io_events.signalled.contains(&number) {
-            self.io_events.signalled.push_back(number);
+        let waits = self.session.as_ref().is_some_and(|session| session.first);
+        let events = &mut self.io_events;
+        let taken = events.get(number).map(event::take);
+        let noted = if waits {
+            &mut events.later
+        } else {
+            &mut events.signalled
+        };
+        if matches!(taken, Some(Ok(_))) && !noted.contains(&number) {
+            noted.push_back(number);
+        }
+    }
+
+    /// Looks for signals from before a command that was received.
+    pub(super) fn note_io_events(&mut self) {
+        let IoEvents {
+            events, signalled, ..
+        } = &mut self.io_events;
+        for (number, event) in events {
+            if event::take(event.as_fd()).is_ok() && !signalled.contains(number) {
+                signalled.push_back(*number);
+            }
         }
     }
 

@@ -98,7 +98,8 @@ fn deadline(len: usize) -> Instant {
 pub(super) struct Exchanges {
     next: u16,
     pending: BTreeMap<u16, Exchange>,
-    /// Answers that somebody waits for.
+    /// How many of them somebody waits for, and how many of these have an answer.
+    awaited: usize,
     answered: usize,
 }
 
@@ -124,6 +125,7 @@ impl Exchanges {
             abandoned: false,
         };
         self.pending.insert(free, exchange);
+        self.awaited += 1;
         Ok(free)
     }
 
@@ -159,15 +161,29 @@ impl Exchanges {
     fn take(&mut self, id: u16) -> Option<Result<Vec<u8>, Errno>> {
         let answer = self.pending.get_mut(&id)?.answer.take()?;
         self.pending.remove(&id);
+        self.awaited -= 1;
         self.answered -= 1;
         Some(answer)
+    }
+
+    /// It was not sent.
+    fn forget(&mut self, id: u16) {
+        if self.pending.remove(&id).is_some() {
+            self.awaited -= 1;
+        }
     }
 
     /// Nobody waits for it any more; its number is free when the answer has come.
     fn abandon(&mut self, id: u16) {
         if let Some(exchange) = self.pending.get_mut(&id) {
             exchange.abandoned = true;
+            self.awaited -= 1;
         }
+    }
+
+    /// Whether somebody waits for an answer that has not come.
+    pub(super) const fn are_awaited(&self) -> bool {
+        self.awaited > self.answered
     }
 
     /// Whether somebody who waits has an answer.
@@ -199,7 +215,7 @@ impl Hub {
         let channel = session.twin.as_mut().unwrap_or(&mut session.main);
         if let Err(errno) = channel.send(Prefix::default(), header, &[asked.as_bytes(), data], &[])
         {
-            session.exchanges.take(id);
+            session.exchanges.forget(id);
             return Err(errno.into());
         }
         loop {
@@ -210,6 +226,7 @@ impl Hub {
                 return outcome;
             }
             let session = state.session_of(number).ok_or(Number::ENODEV)?;
+            let is_due = session.can_pump();
             let (main, twin) = (&session.main, session.twin.as_ref());
             let wanted = |receive, send| {
                 let mut flags = PollFlags::empty();
@@ -233,8 +250,12 @@ impl Hub {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             let millis = i32::try_from(left.as_millis()).unwrap_or(i32::MAX);
-            let timeout = PollTimeout::try_from(millis.saturating_add(1));
-            match poll(&mut fds, timeout.unwrap_or(PollTimeout::MAX)) {
+            let timeout = match PollTimeout::try_from(millis.saturating_add(1)) {
+                // What is in a buffer does not show on a socket.
+                _ if is_due => PollTimeout::ZERO,
+                timeout => timeout.unwrap_or(PollTimeout::MAX),
+            };
+            match poll(&mut fds, timeout) {
                 Ok(_) | Err(Number::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }

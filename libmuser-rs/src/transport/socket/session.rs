@@ -23,6 +23,9 @@ pub(super) const MAX_DATA: usize = DEFAULT_DATA;
 /// Bytes of messages which wait for others to be handled: beyond them nothing more is received.
 pub(super) const MAX_QUEUED: usize = 64 << 20;
 
+/// Messages that are received at once for later: a client that sends without end must not keep
+/// whoever receives them.
+const PUMPED: usize = 256;
 /// Descriptors of such messages.
 const MAX_RIDERS: usize = 256;
 
@@ -83,6 +86,9 @@ pub(super) struct Session {
     hung_up: bool,
     /// Whether the next command waits for the requests in flight.
     pub(super) waits: bool,
+    /// Whether that command, which may be looked at again, comes before what is signalled from now
+    /// on.
+    pub(super) first: bool,
     watched: bool,
 }
 
@@ -133,6 +139,11 @@ impl Channel {
 
     pub(super) const fn framing(&self) -> Framing {
         self.framing
+    }
+
+    /// Whether there is a message, or the end, without the socket.
+    pub(super) fn is_ready(&self) -> bool {
+        self.receiver.is_ready()
     }
 
     /// Watches the socket for what it is worth watching.
@@ -236,6 +247,7 @@ impl Session {
             ended: None,
             hung_up: false,
             waits: false,
+            first: false,
             watched: true,
         })
     }
@@ -266,6 +278,11 @@ impl Session {
         self.queued += cost(&incoming, &body);
         self.riders += incoming.descriptors.kept().len();
         self.queue.push_back((incoming, body));
+    }
+
+    /// Whether somebody waits for a reply that comes along with commands.
+    pub(super) fn awaits_reply(&self) -> bool {
+        self.twin.is_none() && self.exchanges.are_awaited()
     }
 
     /// Whether so much waits that nothing more is received.
@@ -367,9 +384,20 @@ impl Session {
         self.hung_up || self.ended.is_some()
     }
 
-    /// Receives what has come, for later.
+    /// Whether a message has come that does not make a socket readable any more, and can be received
+    /// for later.
+    pub(super) fn can_pump(&self) -> bool {
+        let twin = self.twin.as_ref();
+        let main = self.main.is_ready() && !self.is_full();
+        !self.is_over() && (main || twin.is_some_and(Channel::is_ready))
+    }
+
+    /// Receives what has come, for later; not without end.
     pub(super) fn pump(&mut self) {
-        while self.ended.is_none() && !self.is_full() {
+        for _ in 0..PUMPED {
+            if self.ended.is_some() || self.is_full() {
+                return;
+            }
             let mut body = Vec::new();
             match self.main.receive(&mut body) {
                 Ok(Some(incoming)) => match incoming.header.kind() {
@@ -386,9 +414,12 @@ impl Session {
         }
     }
 
-    /// Receives replies from the second socket.
+    /// Receives replies from the second socket; not without end.
     pub(super) fn pump_twin(&mut self) {
-        while self.ended.is_none() {
+        for _ in 0..PUMPED {
+            if self.ended.is_some() {
+                return;
+            }
             let mut body = Vec::new();
             let Some(twin) = &mut self.twin else { return };
             let incoming = match twin.receive(&mut body) {
