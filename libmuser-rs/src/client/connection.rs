@@ -9,10 +9,10 @@
 //!
 //! Locks: `waiting` is never held while another is taken, nor over a system call that waits.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
@@ -21,73 +21,24 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{shutdown, Shutdown};
-use zerocopy::IntoBytes;
 
 use super::failure::{self, Failure};
 use super::lent::LentMemory;
 use crate::error::{Errno, Error, Result};
-use crate::vfio_user::stream::{Descriptors, Message, Progress, Receiver, Sender, StreamError};
-use crate::vfio_user::wire::{self, Command, Header, Kind};
+use crate::vfio_user::stream::{Descriptors, Progress, StreamError};
+use crate::vfio_user::wire::{Command, Header};
 
+mod channel;
+mod receiving;
 mod serving;
 mod waiting;
 
+use channel::send;
+pub(super) use channel::Channel;
 use waiting::{hand_over, Departure, Leading, Slot, Waiting};
 
 /// Reply bodies whose memory is kept for the next.
 const SPARE: usize = 8;
-
-/// One socket with both of its halves.
-#[derive(Debug)]
-pub(super) struct Channel {
-    sender: Mutex<Sender>,
-    inbound: Mutex<Inbound>,
-    socket: Arc<OwnedFd>,
-    /// Whether there are whole messages which nobody has taken yet.
-    left: AtomicBool,
-}
-
-#[derive(Debug)]
-struct Inbound {
-    receiver: Receiver,
-    /// What a DMA_READ is answered with.
-    scratch: Vec<u8>,
-}
-
-impl Channel {
-    pub(super) fn new(sender: Sender, receiver: Receiver) -> Self {
-        Self {
-            socket: Arc::clone(sender.socket()),
-            sender: Mutex::new(sender),
-            inbound: Mutex::new(Inbound {
-                receiver,
-                scratch: Vec::new(),
-            }),
-            left: AtomicBool::new(false),
-        }
-    }
-
-    /// What is worth waiting for. Nothing is received from a server which asks for more and more,
-    /// and takes nothing of it, until it does.
-    fn wanted(&self) -> PollFlags {
-        let sender = self.sender();
-        match (sender.has_backlog(), sender.is_full()) {
-            (_, true) => PollFlags::POLLOUT,
-            (true, false) => PollFlags::POLLIN | PollFlags::POLLOUT,
-            (false, false) => PollFlags::POLLIN,
-        }
-    }
-
-    fn sender(&self) -> MutexGuard<'_, Sender> {
-        self.sender.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl AsFd for Channel {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-}
 
 /// What came in reply to a command.
 #[derive(Debug)]
@@ -579,110 +530,6 @@ impl Connection {
         Ok(())
     }
 
-    /// Takes what has come on a socket, and answers what the server asks for: until the deadline, and
-    /// for as long as the server takes the answers. What is left then, is marked.
-    fn drain(
-        &self,
-        channel: &Channel,
-        goal: Goal,
-        deadline: Option<Instant>,
-    ) -> Result<(), Failure> {
-        let inbound = &mut *channel
-            .inbound
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        loop {
-            // Flushed first: the socket may have room by now. What fails does so again for `flush`.
-            let mut sender = channel.sender();
-            let _ = sender.flush();
-            let is_full = sender.is_full();
-            drop(sender);
-            if is_full {
-                break;
-            }
-            let Some(message) = inbound.receiver.receive()? else {
-                break;
-            };
-            self.take(channel, message, &mut inbound.scratch)?;
-            let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-            let (over, reached) = match goal {
-                // What was received costs no waiting.
-                Goal::Nothing => (false, late),
-                Goal::Answer(_) => (late, self.is_reached(goal, false)),
-                Goal::Flushed | Goal::End => (late, false),
-            };
-            let over = over || self.ended.load(Ordering::Acquire);
-            if over || reached && !inbound.receiver.is_ready() {
-                break;
-            }
-        }
-        let left = inbound.receiver.is_ready();
-        channel.left.store(left, Ordering::Release);
-        Ok(())
-    }
-
-    /// Gives a reply to the thread which waits for it, or answers a command.
-    fn take(
-        &self,
-        channel: &Channel,
-        message: Message<'_>,
-        scratch: &mut Vec<u8>,
-    ) -> Result<(), Failure> {
-        let header = Header::parse(message.header()).ok_or_else(|| {
-            Failure::protocol("the server has sent a message without a header".to_owned())
-        })?;
-        let kind = header.kind().map_err(|malformed| {
-            Failure::protocol(format!(
-                "the server has sent a message of which {malformed}"
-            ))
-        })?;
-        match kind {
-            Kind::Command { no_reply } => {
-                let body = message.body();
-                let has_descriptors = !message.descriptors.is_empty();
-                self.answer(channel, header, body, has_descriptors, no_reply, scratch)
-            }
-            Kind::Reply(result) => self.deliver(header, result, message),
-        }
-    }
-
-    fn deliver(
-        &self,
-        header: Header,
-        result: Result<(), Errno>,
-        message: Message<'_>,
-    ) -> Result<(), Failure> {
-        let waiting = &mut *self.lock();
-        let id = header.id;
-        let unknown = || Failure::protocol(failure::unexpected_reply(&header));
-        let slot = waiting.slots.get_mut(&id).ok_or_else(unknown)?;
-        if slot.command.number() != header.command {
-            return Err(Failure::protocol(failure::wrong_command(
-                &header,
-                slot.command,
-            )));
-        }
-        if slot.answer.is_some() {
-            return Err(unknown());
-        }
-        let Some(thread) = slot.thread.clone() else {
-            waiting.slots.remove(&id);
-            return Ok(());
-        };
-        let mut body = waiting.spare.pop().unwrap_or_default();
-        body.clear();
-        body.extend_from_slice(message.body());
-        slot.answer = Some(Answer {
-            result,
-            body,
-            descriptors: message.descriptors,
-        });
-        if thread.id() != thread::current().id() {
-            thread.unpark();
-        }
-        Ok(())
-    }
-
     /// Ends the connection: everybody who waits is told why.
     fn fail(&self, failure: Failure) {
         let mut waiting = self.lock();
@@ -718,41 +565,6 @@ impl Answer {
             descriptors: Descriptors::default(),
         }
     }
-}
-
-/// Has a channel's sender take a message.
-fn send(
-    channel: &Channel,
-    header: Header,
-    payload: &[&[u8]],
-    descriptors: &[BorrowedFd<'_>],
-) -> Result<Progress, StreamError> {
-    let header = sized(header, payload)?;
-    channel.sender().send(&parts(&header, payload), descriptors)
-}
-
-/// Has it take a reply, whatever it keeps already.
-fn send_reply(channel: &Channel, header: Header, payload: &[&[u8]]) -> Result<(), StreamError> {
-    let header = sized(header, payload)?;
-    let sent = channel.sender().insist(&parts(&header, payload));
-    match sent {
-        Ok(Progress::Sent | Progress::Kept | Progress::Full) => Ok(()),
-        // That it has gone is found behind what came before.
-        Err(error) if error.is_closed() => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
-/// A header with the size of its message.
-fn sized(header: Header, payload: &[&[u8]]) -> Result<Header, StreamError> {
-    let size = wire::HEADER + payload.iter().map(|part| part.len()).sum::<usize>();
-    let size = u32::try_from(size).map_err(|_| StreamError::Socket(Number::EMSGSIZE))?;
-    Ok(Header { size, ..header })
-}
-
-fn parts<'a>(header: &'a Header, payload: &[&'a [u8]]) -> [&'a [u8]; 4] {
-    let [first, second, third] = std::array::from_fn(|at| payload.get(at).copied().unwrap_or(&[]));
-    [header.as_bytes(), first, second, third]
 }
 
 /// The time to a deadline, as `poll` takes it, rounded up.

@@ -4,6 +4,7 @@
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
+use nix::fcntl::{fcntl, FcntlArg, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 /// Takes what was signalled, without waiting, whatever the other side has set for the descriptor.
@@ -35,6 +36,17 @@ pub(crate) fn signal(event: BorrowedFd<'_>) {
         found.contains(PollFlags::POLLOUT)
     };
     if poll(&mut fds, PollTimeout::ZERO) == Ok(1) && has_room(&fds) {
+        // The other side may fill the counter between the look and the write, which then must not
+        // wait for somebody to read it. The flag is the open file's, of which the other side is an
+        // owner too: only one that takes it away again just here, and fills the counter as well, can
+        // still have the write wait.
+        let flags = fcntl(event, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
+        if let Some(flags) = flags
+            .ok()
+            .filter(|flags| !flags.contains(OFlag::O_NONBLOCK))
+        {
+            let _ = fcntl(event, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK));
+        }
         // What fails has no one to tell.
         let _ = nix::unistd::write(event, &1_u64.to_ne_bytes());
     }
@@ -60,6 +72,16 @@ mod tests {
         signal(event.as_fd());
         signal(event.as_fd());
         assert_eq!(take(event.as_fd()), Ok(2));
+    }
+
+    #[test]
+    fn blocking_eventfd_does_not_block_after_a_signal() {
+        let event = EventFd::from_flags(EfdFlags::empty()).unwrap();
+
+        signal(event.as_fd());
+        let flags = fcntl(event.as_fd(), FcntlArg::F_GETFL).unwrap();
+
+        assert!(OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK));
     }
 
     #[test]

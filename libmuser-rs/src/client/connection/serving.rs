@@ -8,7 +8,8 @@ use nix::errno::Errno as Number;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use zerocopy::IntoBytes;
 
-use super::{send_reply, Channel, Connection, Goal};
+use super::channel::send_reply;
+use super::{Channel, Connection, Goal};
 use crate::client::failure::{self, Failure};
 use crate::error::Errno;
 use crate::vfio_user::stream::StreamError;

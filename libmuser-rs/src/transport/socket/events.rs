@@ -73,10 +73,14 @@ impl Watch {
         send: false,
     };
 
-    fn flags(self) -> EpollFlags {
+    fn flags(self, source: Source) -> EpollFlags {
         let mut flags = EpollFlags::empty();
         flags.set(EpollFlags::EPOLLIN, self.receive);
         flags.set(EpollFlags::EPOLLOUT, self.send);
+        // One of the client's may count down (`EFD_SEMAPHORE`), and so stay readable for as long as
+        // it likes. Each signal is an edge, so none is missed.
+        let is_gate = matches!(source, Source::Gate(_));
+        flags.set(EpollFlags::EPOLLET, is_gate);
         flags
     }
 }
@@ -106,13 +110,13 @@ impl Events {
 
     /// Watches one more descriptor.
     pub(super) fn add(&self, fd: impl AsFd, source: Source, watch: Watch) -> Result<()> {
-        let event = EpollEvent::new(watch.flags(), source.number());
+        let event = EpollEvent::new(watch.flags(source), source.number());
         self.epoll.add(fd, event).map_err(failed)
     }
 
     /// Watches one for other things.
     pub(super) fn change(&self, fd: impl AsFd, source: Source, watch: Watch) -> Result<()> {
-        let mut event = EpollEvent::new(watch.flags(), source.number());
+        let mut event = EpollEvent::new(watch.flags(source), source.number());
         self.epoll.modify(fd, &mut event).map_err(failed)
     }
 
@@ -177,6 +181,23 @@ fn failed(errno: Number) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn gate_that_stays_readable_is_told_of_once_a_signal() {
+        let events = Events::new().unwrap();
+        let gate = EventFd::from_value_and_flags(5, EfdFlags::EFD_SEMAPHORE).unwrap();
+        events.add(&gate, Source::Gate(3), Watch::RECEIVE).unwrap();
+        let mut happened = Happened::default();
+        for _ in 0..2 {
+            events.look(&mut happened).unwrap();
+            assert_eq!(happened.sources().collect::<Vec<_>>(), [Source::Gate(3)]);
+            gate.read().unwrap();
+
+            events.look(&mut happened).unwrap();
+            assert_eq!(happened.sources().count(), 0);
+            gate.write(1).unwrap();
+        }
+    }
 
     #[test]
     fn source_is_found_again_by_its_number() {

@@ -347,19 +347,28 @@ impl Session {
         log::debug!("{name} is refused: {why} ({errno})");
         if self.answers(to) {
             let header = to.header.reply(Err(errno));
-            // It is small, and has no descriptors: it fails only with the connection.
-            let _ = self.main.send(to.prefix, header, &[], &[]);
+            if let Err(errno) = self.main.send(to.prefix, header, &[], &[]) {
+                // It is small, and has no descriptors: the client would wait for it for ever.
+                self.end(format!("an error could not be told: {errno}"));
+            }
         }
     }
 
     /// Sends what is kept; tells whether all of it has gone.
     pub(super) fn flush(&mut self) -> bool {
         let channels = std::iter::once(&mut self.main).chain(&mut self.twin);
+        let mut broken = None;
         for channel in channels {
             if channel.sender.has_backlog() {
-                // A peer that has gone is found by receiving.
                 let _ = channel.sender.flush();
             }
+            // A peer that has gone is found by receiving, behind what came before. Else what was
+            // kept is lost, and nothing that is answered from now on would reach it.
+            let failure = channel.sender.failure();
+            broken = broken.or(failure.filter(|failure| !failure.is_closed()));
+        }
+        if let Some(failure) = broken {
+            self.end(format!("a reply could not be sent: {failure}"));
         }
         !self.main.sender.has_backlog()
     }
