@@ -116,7 +116,7 @@ impl Client {
         };
         if descriptors.lost() > 0 {
             log::warn!("a command of the client's is refused: it came with {descriptors}");
-            return self.refuse(reply_to, EMFILE);
+            return self.refuse(reply_to, EMFILE, sequence);
         }
         let request = |header, payload, reply_to, descriptors| Request {
             header,
@@ -163,10 +163,11 @@ impl Client {
         result: Result<(), Errno>,
         body: &[u8],
         fds: &[BorrowedFd<'_>],
+        sequence: &mut u64,
     ) -> Result<(), Reason> {
         match to {
             ReplyTo::Client(header) => self.reply(header.reply(result), body, fds),
-            ReplyTo::Several(name) => match self.requests.end_one(name, result) {
+            ReplyTo::Several(name) => match self.requests.end_one(name, result, sequence) {
                 Some((header, result)) if !header.is_unanswered() => {
                     let done = result.map(|count| payload::WriteMulti { count });
                     let body = done.as_ref().map_or(&[][..], |done| done.as_bytes());
@@ -184,8 +185,13 @@ impl Client {
     }
 
     /// A request has failed.
-    pub(super) fn refuse(&mut self, to: ReplyTo, errno: Errno) -> Result<(), Reason> {
-        self.answer(to, Err(errno), &[], &[])
+    pub(super) fn refuse(
+        &mut self,
+        to: ReplyTo,
+        errno: Errno,
+        sequence: &mut u64,
+    ) -> Result<(), Reason> {
+        self.answer(to, Err(errno), &[], &[], sequence)
     }
 
     fn reply(&mut self, header: Header, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Reason> {
@@ -213,6 +219,7 @@ impl Client {
         request: Request,
         body: &[u8],
         descriptors: Vec<OwnedFd>,
+        sequence: &mut u64,
     ) -> Result<Option<OwnedFd>, Reason> {
         let twin = twin(body, descriptors);
         let mut given = None;
@@ -225,7 +232,7 @@ impl Client {
         }
         self.kept.negotiated(request.payload, body.to_vec());
         let fds: Vec<_> = given.iter().map(std::os::fd::AsFd::as_fd).collect();
-        self.answer(request.reply_to, Ok(()), body, &fds)?;
+        self.answer(request.reply_to, Ok(()), body, &fds, sequence)?;
         Ok(twin)
     }
 

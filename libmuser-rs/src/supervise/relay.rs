@@ -72,7 +72,8 @@ impl Supervisor {
                     let request = client.requests.answered(number, &mut self.sequence);
                     let Some(request) = request else { continue };
                     log::warn!("a command can't be given to the program: {errno}");
-                    if let Err(reason) = client.refuse(request.reply_to, errno) {
+                    if let Err(reason) = client.refuse(request.reply_to, errno, &mut self.sequence)
+                    {
                         return self.end_client(&reason);
                     }
                 }
@@ -198,7 +199,7 @@ impl Supervisor {
             );
         }
         for request in deadly {
-            if let Err(reason) = client.refuse(request.reply_to, Errno::EIO) {
+            if let Err(reason) = client.refuse(request.reply_to, Errno::EIO, &mut self.sequence) {
                 return self.end_client(&reason);
             }
         }
@@ -229,7 +230,7 @@ impl Supervisor {
         );
         self.counters.timeouts += expired.len() as u64;
         for request in expired {
-            if let Err(reason) = client.refuse(request.reply_to, ETIMEDOUT) {
+            if let Err(reason) = client.refuse(request.reply_to, ETIMEDOUT, &mut self.sequence) {
                 return self.end_client(&reason);
             }
         }
@@ -273,7 +274,11 @@ impl Supervisor {
                     }
                     Ok(())
                 }
-                Err(malformed) => client.refuse(ReplyTo::Client(header), malformed.errno()),
+                Err(malformed) => client.refuse(
+                    ReplyTo::Client(header),
+                    malformed.errno(),
+                    &mut self.sequence,
+                ),
             };
             if let Err(reason) = done {
                 return self.end_client(&reason);
@@ -396,12 +401,12 @@ impl Supervisor {
             return Err("it replies to what it was not given".into());
         };
         if let Err(errno) = result {
-            return Ok(client.refuse(request.reply_to, errno));
+            return Ok(client.refuse(request.reply_to, errno, &mut self.sequence));
         }
         let to = request.reply_to;
-        answer(stream, client, request, message).or_else(|fault| {
+        answer(stream, client, request, message, &mut self.sequence).or_else(|fault| {
             // The request has ended, however badly.
-            client.refuse(to, Errno::EIO)?;
+            client.refuse(to, Errno::EIO, &mut self.sequence)?;
             Err(fault)
         })
     }
@@ -508,6 +513,7 @@ fn answer(
     client: &mut Client,
     mut request: Request,
     message: FromProgram,
+    sequence: &mut u64,
 ) -> Result<Result<(), Reason>, Fault> {
     let FromProgram {
         header,
@@ -520,13 +526,15 @@ fn answer(
             if client.kept.is_negotiated() {
                 return Err("it agrees to a version twice".into());
             }
-            return Ok(match client.negotiated(request, &body, descriptors) {
-                Ok(twin) => {
-                    stream.twin = twin.map(|socket| split(socket, limits(0)));
-                    Ok(())
-                }
-                Err(reason) => Err(reason),
-            });
+            return Ok(
+                match client.negotiated(request, &body, descriptors, sequence) {
+                    Ok(twin) => {
+                        stream.twin = twin.map(|socket| split(socket, limits(0)));
+                        Ok(())
+                    }
+                    Err(reason) => Err(reason),
+                },
+            );
         }
         Some(Command::DeviceGetRegionIoFds) => {
             // Eventfds of a program that is gone would lead nowhere: writes come as messages.
@@ -552,7 +560,7 @@ fn answer(
         }
     }
     let fds: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-    Ok(client.answer(request.reply_to, Ok(()), &body, &fds))
+    Ok(client.answer(request.reply_to, Ok(()), &body, &fds, sequence))
 }
 
 const IO_FDS: u32 = 16;
