@@ -2,7 +2,7 @@
 //! The client: its connection, what it has asked for, and what it has set up.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
@@ -25,6 +25,9 @@ const SOFT: usize = 16 << 20;
 /// The same while the program waits for an answer of the client's, which may be behind its requests.
 const HARD: usize = 64 << 20;
 
+/// How long what a client has asked for may take that has gone, while another one may be waiting.
+const FAREWELL: Duration = Duration::from_secs(5);
+
 /// A socket to the client, and what programs have asked for over it.
 #[derive(Debug)]
 pub(super) struct Channel {
@@ -42,6 +45,8 @@ pub(super) struct Client {
     pub(super) kept: Kept,
     /// What programs that are gone knew of dirty pages.
     pub(super) lost: Lost,
+    /// Set when it has said its last: until when what it has asked for is done all the same.
+    pub(super) leaves: Option<Instant>,
 }
 
 /// Why a client is not served any more, as the end of a sentence.
@@ -86,13 +91,32 @@ impl Client {
             requests: Requests::new(),
             kept: Kept::default(),
             lost: Lost::default(),
+            leaves: None,
         }
     }
 
     /// Whether more is to be received of it.
     pub(super) fn is_wanted(&self) -> bool {
+        if self.leaves.is_some() {
+            return false;
+        }
         let waiting = self.main.asks.is_waiting();
         self.requests.cost() < if waiting { HARD + SOFT } else { SOFT }
+    }
+
+    /// It says nothing more, but what it has asked for before is done, as far as that takes no answer
+    /// of its.
+    pub(super) fn leave(&mut self) {
+        self.leaves.get_or_insert_with(|| Instant::now() + FAREWELL);
+    }
+
+    /// Whether nothing is left to be done for one that has said its last.
+    pub(super) fn has_left(&self, now: Instant) -> bool {
+        let twin = self.twin.as_ref();
+        let asked = self.main.asks.is_waiting() || twin.is_some_and(|twin| twin.asks.is_waiting());
+        let idle = self.requests.len() == 0 && !self.main.sender.has_backlog();
+        self.leaves
+            .is_some_and(|until| idle || asked || until <= now)
     }
 
     /// A command has come.

@@ -49,17 +49,20 @@ impl Supervisor {
 
     /// Gives the program what is there for it.
     pub(super) fn pump(&mut self) {
-        let (Some(client), Some(program)) = (&mut self.client, &mut self.program) else {
+        let Some(client) = &mut self.client else {
             return;
         };
-        // Who has replies that it does not take, and has gone, is not waited for.
-        if let Err(error) = client.main.sender.flush() {
-            return self.end_client(&error.to_string());
-        }
+        // Whether they have gone is found by receiving, behind what has come before.
+        let _ = client.main.sender.flush();
         if let Some(twin) = &mut client.twin {
-            // Whether that has gone is found by receiving.
             let _ = twin.sender.flush();
         }
+        if client.has_left(Instant::now()) {
+            return self.end_client("it has gone");
+        }
+        let Some(program) = &mut self.program else {
+            return;
+        };
         let Some(stream) = &mut program.stream else {
             return;
         };
@@ -248,6 +251,7 @@ impl Supervisor {
             let message = match client.main.receiver.receive() {
                 Ok(Some(message)) => message,
                 Ok(None) => return,
+                Err(error) if error.is_closed() => return client.leave(),
                 Err(error) => return self.end_client(&error.to_string()),
             };
             let header = Header::parse(message.header()).unwrap_or_default();
@@ -295,6 +299,13 @@ impl Supervisor {
             let message = match channel.receiver.receive() {
                 Ok(Some(message)) => message,
                 Ok(None) => return,
+                // It may have gone, and have asked for something on the other one before.
+                Err(error) if error.is_closed() && !channel.asks.is_waiting() => {
+                    if let Some(client) = &mut self.client {
+                        client.twin = None;
+                    }
+                    return;
+                }
                 Err(error) => {
                     return self.end_client(&format!("of its second socket: {error}"));
                 }

@@ -424,3 +424,45 @@ fn replies_of_a_program_that_dies_are_not_asked_for_again() {
     assert_eq!(stage.supervisor.counters().replays, 0);
     assert_eq!(std::iter::from_fn(|| stage.client.receive()).count(), 200);
 }
+
+#[test]
+fn requests_of_a_client_that_has_gone_are_done_before_it_is_forgotten() {
+    let mut stage = Stage::new();
+    let header = Header::command(0, Command::RegionWrite);
+    for _ in 0..150 {
+        stage.client.send(0, header.unanswered(), &[0; 20]);
+    }
+    settle(&mut stage.supervisor);
+    for _ in 0..150 {
+        stage.client.send(0, header.unanswered(), &[0; 20]);
+    }
+    let (gone, _other) = UnixStream::pair().unwrap();
+
+    stage.client = Peer::new(gone.into(), false);
+    settle(&mut stage.supervisor);
+
+    for _ in 0..300 {
+        let (number, header, _) = stage.program.receive().unwrap();
+        assert!(stage.supervisor.has_client());
+        stage.program.send(number, header.reply(Ok(())), &[0; 16]);
+        settle(&mut stage.supervisor);
+    }
+    assert!(!stage.supervisor.has_client());
+    assert!(stage.program.is_closed());
+}
+
+#[test]
+fn client_that_has_gone_and_is_asked_is_not_waited_for() {
+    let mut stage = Stage::new();
+    stage.ask(5);
+    let asks = Header::command(3, Command::DmaRead);
+    stage.program.send(0, asks, &[0; 16]);
+    settle(&mut stage.supervisor);
+    assert!(stage.supervisor.has_client());
+    let (gone, _other) = UnixStream::pair().unwrap();
+
+    stage.client = Peer::new(gone.into(), false);
+    settle(&mut stage.supervisor);
+
+    assert!(!stage.supervisor.has_client());
+}
