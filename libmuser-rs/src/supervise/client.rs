@@ -47,6 +47,8 @@ pub(super) struct Client {
     pub(super) lost: Lost,
     /// Set when it has said its last: until when what it has asked for is done all the same.
     pub(super) leaves: Option<Instant>,
+    /// Programs in a row that have refused to take over what it has set up.
+    pub(super) setups_refused: u32,
 }
 
 /// Why a client is not served any more, as the end of a sentence.
@@ -92,6 +94,7 @@ impl Client {
             kept: Kept::default(),
             lost: Lost::default(),
             leaves: None,
+            setups_refused: 0,
         }
     }
 

@@ -25,6 +25,9 @@ const TURN: usize = 64;
 /// Turns of a program that has gone: more than its socket has messages.
 const MOST_TURNS: usize = 256;
 
+/// Programs in a row that may refuse to take over what a client has set up.
+const MOST_SETUPS_REFUSED: u32 = 5;
+
 /// A message of a program's.
 struct FromProgram {
     prefix: Prefix,
@@ -145,6 +148,8 @@ impl Supervisor {
         self.closing = self.device.is_some();
         if let Some(program) = &mut self.program {
             program.close();
+            // Nothing is to be set up in it any more.
+            self.unserved_since = None;
         }
     }
 
@@ -187,7 +192,7 @@ impl Supervisor {
             return;
         }
         log::debug!("the program is gone");
-        self.unserved_since = Some(Instant::now());
+        self.unserved_since.get_or_insert_with(Instant::now);
         let Some(client) = &mut self.client else {
             return;
         };
@@ -397,9 +402,20 @@ impl Supervisor {
             Kind::Reply(result) => result,
         };
         if message.prefix.number == 0 {
-            set_up(stream, client, result, message)?;
+            if let Err(fault) = set_up(stream, client, result, message) {
+                client.setups_refused += 1;
+                if client.setups_refused < MOST_SETUPS_REFUSED {
+                    return Err(fault);
+                }
+                // It is no program's fault then. This one can go on with the next client.
+                return Ok(Err(format!(
+                    "what it has set up can't be set up again: {fault}"
+                )));
+            }
             if stream.is_set_up() {
+                client.setups_refused = 0;
                 program.deadline = None;
+                self.unserved_since = None;
             }
             return Ok(Ok(()));
         }
@@ -560,6 +576,7 @@ fn answer(
             descriptors.clear();
         }
         Some(Command::DeviceFeature) => client.lost.report(&mut body),
+        Some(Command::DmaUnmap) => client.lost.unmapped(&mut body),
         _ => {}
     }
     if let Some(command) = Command::new(request.header.command) {
