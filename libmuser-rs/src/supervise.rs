@@ -423,7 +423,9 @@ impl Supervisor {
             let oldest = self.client.as_ref()?.requests.oldest()?;
             Some(oldest.max(since) + self.reattach_timeout)
         });
-        strangers.chain(program).chain(request).min()
+        let leaves = self.client.as_ref().and_then(|client| client.leaves);
+        let all = strangers.chain(program).chain(request).chain(leaves);
+        all.min()
     }
 
     /// Whether it matters who is at the door.

@@ -5,7 +5,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::device::Kept;
-use super::link::Program;
+use super::link::{Program, Stream};
 use super::{Supervisor, MOST_CANDIDATES};
 use crate::vfio_user::control::{self, Attach, Attached, Packet, Received};
 
@@ -122,7 +122,6 @@ impl Supervisor {
         }
         log::debug!("a program has attached");
         self.counters.attachments += 1;
-        self.unserved_since = None;
         self.program = Some(program);
         if self.closing {
             if let Some(program) = &mut self.program {
@@ -130,5 +129,10 @@ impl Supervisor {
             }
         }
         self.open_stream();
+        // Before everything is set up, requests wait on.
+        let stream = self.program.as_ref().map(|program| program.stream.as_ref());
+        if stream.is_some_and(|stream| stream.is_none_or(Stream::is_set_up)) {
+            self.unserved_since = None;
+        }
     }
 }

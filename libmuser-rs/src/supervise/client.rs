@@ -2,7 +2,7 @@
 //! The client: its connection, what it has asked for, and what it has set up.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
@@ -25,6 +25,9 @@ const SOFT: usize = 16 << 20;
 /// The same while the program waits for an answer of the client's, which may be behind its requests.
 const HARD: usize = 64 << 20;
 
+/// How long what a client has asked for may take that has gone, while another one may be waiting.
+const FAREWELL: Duration = Duration::from_secs(5);
+
 /// A socket to the client, and what programs have asked for over it.
 #[derive(Debug)]
 pub(super) struct Channel {
@@ -42,6 +45,10 @@ pub(super) struct Client {
     pub(super) kept: Kept,
     /// What programs that are gone knew of dirty pages.
     pub(super) lost: Lost,
+    /// Set when it has said its last: until when what it has asked for is done all the same.
+    pub(super) leaves: Option<Instant>,
+    /// Programs in a row that have refused to take over what it has set up.
+    pub(super) setups_refused: u32,
 }
 
 /// Why a client is not served any more, as the end of a sentence.
@@ -86,13 +93,33 @@ impl Client {
             requests: Requests::new(),
             kept: Kept::default(),
             lost: Lost::default(),
+            leaves: None,
+            setups_refused: 0,
         }
     }
 
     /// Whether more is to be received of it.
     pub(super) fn is_wanted(&self) -> bool {
+        if self.leaves.is_some() {
+            return false;
+        }
         let waiting = self.main.asks.is_waiting();
         self.requests.cost() < if waiting { HARD + SOFT } else { SOFT }
+    }
+
+    /// It says nothing more, but what it has asked for before is done, as far as that takes no answer
+    /// of its.
+    pub(super) fn leave(&mut self) {
+        self.leaves.get_or_insert_with(|| Instant::now() + FAREWELL);
+    }
+
+    /// Whether nothing is left to be done for one that has said its last.
+    pub(super) fn has_left(&self, now: Instant) -> bool {
+        let twin = self.twin.as_ref();
+        let asked = self.main.asks.is_waiting() || twin.is_some_and(|twin| twin.asks.is_waiting());
+        let idle = self.requests.len() == 0 && !self.main.sender.has_backlog();
+        self.leaves
+            .is_some_and(|until| idle || asked || until <= now)
     }
 
     /// A command has come.
@@ -116,7 +143,7 @@ impl Client {
         };
         if descriptors.lost() > 0 {
             log::warn!("a command of the client's is refused: it came with {descriptors}");
-            return self.refuse(reply_to, EMFILE);
+            return self.refuse(reply_to, EMFILE, sequence);
         }
         let request = |header, payload, reply_to, descriptors| Request {
             header,
@@ -163,10 +190,11 @@ impl Client {
         result: Result<(), Errno>,
         body: &[u8],
         fds: &[BorrowedFd<'_>],
+        sequence: &mut u64,
     ) -> Result<(), Reason> {
         match to {
             ReplyTo::Client(header) => self.reply(header.reply(result), body, fds),
-            ReplyTo::Several(name) => match self.requests.end_one(name, result) {
+            ReplyTo::Several(name) => match self.requests.end_one(name, result, sequence) {
                 Some((header, result)) if !header.is_unanswered() => {
                     let done = result.map(|count| payload::WriteMulti { count });
                     let body = done.as_ref().map_or(&[][..], |done| done.as_bytes());
@@ -184,8 +212,13 @@ impl Client {
     }
 
     /// A request has failed.
-    pub(super) fn refuse(&mut self, to: ReplyTo, errno: Errno) -> Result<(), Reason> {
-        self.answer(to, Err(errno), &[], &[])
+    pub(super) fn refuse(
+        &mut self,
+        to: ReplyTo,
+        errno: Errno,
+        sequence: &mut u64,
+    ) -> Result<(), Reason> {
+        self.answer(to, Err(errno), &[], &[], sequence)
     }
 
     fn reply(&mut self, header: Header, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Reason> {
@@ -213,6 +246,7 @@ impl Client {
         request: Request,
         body: &[u8],
         descriptors: Vec<OwnedFd>,
+        sequence: &mut u64,
     ) -> Result<Option<OwnedFd>, Reason> {
         let twin = twin(body, descriptors);
         let mut given = None;
@@ -225,7 +259,7 @@ impl Client {
         }
         self.kept.negotiated(request.payload, body.to_vec());
         let fds: Vec<_> = given.iter().map(std::os::fd::AsFd::as_fd).collect();
-        self.answer(request.reply_to, Ok(()), body, &fds)?;
+        self.answer(request.reply_to, Ok(()), body, &fds, sequence)?;
         Ok(twin)
     }
 

@@ -4,7 +4,9 @@
 
 use zerocopy::FromBytes;
 
-use crate::vfio_user::wire::payload::{self, Feature, LoggingRange, LoggingReport, LoggingStart};
+use crate::vfio_user::wire::payload::{
+    self, Bitmap, DmaUnmap, Feature, LoggingRange, LoggingReport, LoggingStart,
+};
 
 /// Ranges more than this are one, from the first to the last.
 const MOST: usize = 4096;
@@ -53,8 +55,30 @@ impl Lost {
         self.mark(report.iova, report.length, report.page_size, bitmap);
     }
 
+    /// Adds what is lost to the reply to DMA_UNMAP, if the client wanted a bitmap.
+    pub(super) fn unmapped(&mut self, reply: &mut [u8]) {
+        if self.ranges.is_empty() {
+            return;
+        }
+        let Ok((unmap, _)) = DmaUnmap::read_from_prefix(reply) else {
+            return;
+        };
+        if unmap.flags & DmaUnmap::DIRTY_BITMAP == 0 {
+            return;
+        }
+        let Some(rest) = reply.get_mut(size_of::<DmaUnmap>()..) else {
+            return;
+        };
+        let Some((fixed, bitmap)) = rest.split_at_mut_checked(size_of::<Bitmap>()) else {
+            return;
+        };
+        if let Ok(fixed) = Bitmap::read_from_bytes(fixed) {
+            self.mark(unmap.address, unmap.size, fixed.pgsize, bitmap);
+        }
+    }
+
     /// Marks the pages of a bitmap that may be dirty.
-    pub(super) fn mark(&mut self, iova: u64, length: u64, page: u64, bitmap: &mut [u8]) {
+    fn mark(&mut self, iova: u64, length: u64, page: u64, bitmap: &mut [u8]) {
         let Some(last) = length
             .checked_sub(1)
             .and_then(|last| iova.checked_add(last))
@@ -184,5 +208,32 @@ mod tests {
         }
         lost.report(&mut [0; 3]);
         lost.report(&mut [0xff; 40]);
+    }
+
+    #[test]
+    fn lost_pages_are_dirty_in_the_bitmap_of_an_unmapping() {
+        let mut lost = Lost::default();
+        lost.add(&start(&[(0x1000, 0x2000)]));
+        let reply = |flags| {
+            let unmap = DmaUnmap {
+                argsz: 41,
+                flags,
+                address: 0,
+                size: 0x8000,
+            };
+            let bitmap = Bitmap {
+                pgsize: 4096,
+                size: 1,
+            };
+            [unmap.as_bytes(), bitmap.as_bytes(), &[0x80]].concat()
+        };
+
+        let mut without = reply(0);
+        lost.unmapped(&mut without);
+        assert_eq!(without, reply(0));
+        let mut with = reply(DmaUnmap::DIRTY_BITMAP);
+        lost.unmapped(&mut with);
+        assert_eq!(with.last(), Some(&0x86));
+        lost.unmapped(&mut [0xff; 30]);
     }
 }

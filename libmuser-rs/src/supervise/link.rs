@@ -131,6 +131,10 @@ impl Stream {
                 self.set_up(kept)?;
                 continue;
             }
+            // Until it has agreed to all of it, requests are nobody's, and may expire.
+            if !self.unanswered.is_empty() {
+                return Ok(failed);
+            }
             let Some((number, request)) = requests.next() else {
                 return Ok(failed);
             };

@@ -25,6 +25,9 @@ const TURN: usize = 64;
 /// Turns of a program that has gone: more than its socket has messages.
 const MOST_TURNS: usize = 256;
 
+/// Programs in a row that may refuse to take over what a client has set up.
+const MOST_SETUPS_REFUSED: u32 = 5;
+
 /// A message of a program's.
 struct FromProgram {
     prefix: Prefix,
@@ -49,17 +52,20 @@ impl Supervisor {
 
     /// Gives the program what is there for it.
     pub(super) fn pump(&mut self) {
-        let (Some(client), Some(program)) = (&mut self.client, &mut self.program) else {
+        let Some(client) = &mut self.client else {
             return;
         };
-        // Who has replies that it does not take, and has gone, is not waited for.
-        if let Err(error) = client.main.sender.flush() {
-            return self.end_client(&error.to_string());
-        }
+        // Whether they have gone is found by receiving, behind what has come before.
+        let _ = client.main.sender.flush();
         if let Some(twin) = &mut client.twin {
-            // Whether that has gone is found by receiving.
             let _ = twin.sender.flush();
         }
+        if client.has_left(Instant::now()) {
+            return self.end_client("it has gone");
+        }
+        let Some(program) = &mut self.program else {
+            return;
+        };
         let Some(stream) = &mut program.stream else {
             return;
         };
@@ -72,7 +78,8 @@ impl Supervisor {
                     let request = client.requests.answered(number, &mut self.sequence);
                     let Some(request) = request else { continue };
                     log::warn!("a command can't be given to the program: {errno}");
-                    if let Err(reason) = client.refuse(request.reply_to, errno) {
+                    if let Err(reason) = client.refuse(request.reply_to, errno, &mut self.sequence)
+                    {
                         return self.end_client(&reason);
                     }
                 }
@@ -141,6 +148,8 @@ impl Supervisor {
         self.closing = self.device.is_some();
         if let Some(program) = &mut self.program {
             program.close();
+            // Nothing is to be set up in it any more.
+            self.unserved_since = None;
         }
     }
 
@@ -183,7 +192,7 @@ impl Supervisor {
             return;
         }
         log::debug!("the program is gone");
-        self.unserved_since = Some(Instant::now());
+        self.unserved_since.get_or_insert_with(Instant::now);
         let Some(client) = &mut self.client else {
             return;
         };
@@ -198,7 +207,7 @@ impl Supervisor {
             );
         }
         for request in deadly {
-            if let Err(reason) = client.refuse(request.reply_to, Errno::EIO) {
+            if let Err(reason) = client.refuse(request.reply_to, Errno::EIO, &mut self.sequence) {
                 return self.end_client(&reason);
             }
         }
@@ -229,7 +238,7 @@ impl Supervisor {
         );
         self.counters.timeouts += expired.len() as u64;
         for request in expired {
-            if let Err(reason) = client.refuse(request.reply_to, ETIMEDOUT) {
+            if let Err(reason) = client.refuse(request.reply_to, ETIMEDOUT, &mut self.sequence) {
                 return self.end_client(&reason);
             }
         }
@@ -247,6 +256,7 @@ impl Supervisor {
             let message = match client.main.receiver.receive() {
                 Ok(Some(message)) => message,
                 Ok(None) => return,
+                Err(error) if error.is_closed() => return client.leave(),
                 Err(error) => return self.end_client(&error.to_string()),
             };
             let header = Header::parse(message.header()).unwrap_or_default();
@@ -273,7 +283,11 @@ impl Supervisor {
                     }
                     Ok(())
                 }
-                Err(malformed) => client.refuse(ReplyTo::Client(header), malformed.errno()),
+                Err(malformed) => client.refuse(
+                    ReplyTo::Client(header),
+                    malformed.errno(),
+                    &mut self.sequence,
+                ),
             };
             if let Err(reason) = done {
                 return self.end_client(&reason);
@@ -290,6 +304,13 @@ impl Supervisor {
             let message = match channel.receiver.receive() {
                 Ok(Some(message)) => message,
                 Ok(None) => return,
+                // It may have gone, and have asked for something on the other one before.
+                Err(error) if error.is_closed() && !channel.asks.is_waiting() => {
+                    if let Some(client) = &mut self.client {
+                        client.twin = None;
+                    }
+                    return;
+                }
                 Err(error) => {
                     return self.end_client(&format!("of its second socket: {error}"));
                 }
@@ -381,9 +402,20 @@ impl Supervisor {
             Kind::Reply(result) => result,
         };
         if message.prefix.number == 0 {
-            set_up(stream, client, result, message)?;
+            if let Err(fault) = set_up(stream, client, result, message) {
+                client.setups_refused += 1;
+                if client.setups_refused < MOST_SETUPS_REFUSED {
+                    return Err(fault);
+                }
+                // It is no program's fault then. This one can go on with the next client.
+                return Ok(Err(format!(
+                    "what it has set up can't be set up again: {fault}"
+                )));
+            }
             if stream.is_set_up() {
+                client.setups_refused = 0;
                 program.deadline = None;
+                self.unserved_since = None;
             }
             return Ok(Ok(()));
         }
@@ -396,12 +428,12 @@ impl Supervisor {
             return Err("it replies to what it was not given".into());
         };
         if let Err(errno) = result {
-            return Ok(client.refuse(request.reply_to, errno));
+            return Ok(client.refuse(request.reply_to, errno, &mut self.sequence));
         }
         let to = request.reply_to;
-        answer(stream, client, request, message).or_else(|fault| {
+        answer(stream, client, request, message, &mut self.sequence).or_else(|fault| {
             // The request has ended, however badly.
-            client.refuse(to, Errno::EIO)?;
+            client.refuse(to, Errno::EIO, &mut self.sequence)?;
             Err(fault)
         })
     }
@@ -508,6 +540,7 @@ fn answer(
     client: &mut Client,
     mut request: Request,
     message: FromProgram,
+    sequence: &mut u64,
 ) -> Result<Result<(), Reason>, Fault> {
     let FromProgram {
         header,
@@ -520,13 +553,15 @@ fn answer(
             if client.kept.is_negotiated() {
                 return Err("it agrees to a version twice".into());
             }
-            return Ok(match client.negotiated(request, &body, descriptors) {
-                Ok(twin) => {
-                    stream.twin = twin.map(|socket| split(socket, limits(0)));
-                    Ok(())
-                }
-                Err(reason) => Err(reason),
-            });
+            return Ok(
+                match client.negotiated(request, &body, descriptors, sequence) {
+                    Ok(twin) => {
+                        stream.twin = twin.map(|socket| split(socket, limits(0)));
+                        Ok(())
+                    }
+                    Err(reason) => Err(reason),
+                },
+            );
         }
         Some(Command::DeviceGetRegionIoFds) => {
             // Eventfds of a program that is gone would lead nowhere: writes come as messages.
@@ -541,6 +576,7 @@ fn answer(
             descriptors.clear();
         }
         Some(Command::DeviceFeature) => client.lost.report(&mut body),
+        Some(Command::DmaUnmap) => client.lost.unmapped(&mut body),
         _ => {}
     }
     if let Some(command) = Command::new(request.header.command) {
@@ -552,7 +588,7 @@ fn answer(
         }
     }
     let fds: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-    Ok(client.answer(request.reply_to, Ok(()), &body, &fds))
+    Ok(client.answer(request.reply_to, Ok(()), &body, &fds, sequence))
 }
 
 const IO_FDS: u32 = 16;

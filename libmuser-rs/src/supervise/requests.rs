@@ -50,6 +50,14 @@ impl Request {
         size_of::<Self>() + self.payload.len() + self.descriptors.len() * FD_COST
     }
 
+    /// The name of the several writes of which it is one.
+    fn several(&self) -> Option<u64> {
+        match self.reply_to {
+            ReplyTo::Several(name) => Some(name),
+            _ => None,
+        }
+    }
+
     /// Whether a program has had it.
     pub(super) fn is_replay(&self) -> bool {
         self.deaths > 0
@@ -61,9 +69,7 @@ impl Request {
 struct Several {
     header: Header,
     left: u64,
-    /// Those that were done before the first that failed.
     done: u64,
-    failed: Option<Errno>,
 }
 
 /// The requests of a session, in their order.
@@ -106,32 +112,37 @@ impl Requests {
             header,
             left: count,
             done: 0,
-            failed: None,
         };
         self.several.insert(self.names, several);
         self.names
     }
 
-    /// One of several writes has ended. If all have: their command, and how many were done before the
-    /// first that failed; its error, if that was the first of all.
+    /// One of several writes has ended. If none is left, or it has failed, so that the others are not
+    /// begun: their command, and how many were done; the error, if that was none.
     pub(super) fn end_one(
         &mut self,
         name: u64,
         result: Result<(), Errno>,
+        sequence: &mut u64,
     ) -> Option<(Header, Result<u64, Errno>)> {
         let several = self.several.get_mut(&name)?;
         several.left = several.left.saturating_sub(1);
-        match (several.failed, result) {
-            (None, Ok(())) => several.done += 1,
-            (None, Err(errno)) => several.failed = Some(errno),
-            (Some(_), _) => {}
-        }
-        if several.left > 0 {
-            return None;
+        if result.is_ok() {
+            several.done += 1;
+            if several.left > 0 {
+                return None;
+            }
         }
         let several = self.several.remove(&name)?;
-        let result = match several.failed {
-            Some(errno) if several.done == 0 => Err(errno),
+        let cost = &mut self.cost;
+        self.parked.retain(|request| {
+            let stays = request.several() != Some(name);
+            *cost -= if stays { 0 } else { request.cost() };
+            stays
+        });
+        self.take_where(sequence, |request| request.several() == Some(name));
+        let result = match result {
+            Err(errno) if several.done == 0 => Err(errno),
             _ => Ok(several.done),
         };
         Some((several.header, result))
@@ -152,11 +163,13 @@ impl Requests {
         }
     }
 
-    /// The first that the present program does not have.
+    /// The first that the present program does not have. There is none while it has one of several
+    /// writes: the one behind that is not begun if it fails.
     pub(super) fn next(&mut self) -> Option<(u64, &mut Request)> {
         let mut numbered = self.numbered.iter_mut();
-        let next = numbered.find(|(_, request)| !request.given);
-        next.map(|(number, request)| (*number, request))
+        let next = numbered.find(|(_, request)| !request.given || request.several().is_some());
+        let (number, request) = next.filter(|(_, request)| !request.given)?;
+        Some((*number, request))
     }
 
     /// The command of one that the present program has.
@@ -330,20 +343,61 @@ mod tests {
         assert_eq!(requests.oldest(), Some(now + Duration::from_secs(2)));
     }
 
+    fn several(requests: &mut Requests, count: u64, sequence: &mut u64) -> u64 {
+        let name = requests.add_several(Header::default(), count);
+        for _ in 0..count {
+            let part = Request {
+                reply_to: ReplyTo::Several(name),
+                ..request(Instant::now())
+            };
+            requests.add(part, sequence);
+        }
+        name
+    }
+
     #[test]
-    fn several_writes_end_with_the_last_and_count_up_to_an_error() {
-        let mut requests = Requests::new();
-        let name = requests.add_several(Header::default(), 3);
+    fn several_writes_are_given_one_after_the_other() {
+        let (mut requests, mut sequence) = (Requests::new(), 0);
+        let name = several(&mut requests, 2, &mut sequence);
+        requests.add(request(Instant::now()), &mut sequence);
 
-        assert!(requests.end_one(name, Ok(())).is_none());
-        assert!(requests.end_one(name, Err(Errno::EINVAL)).is_none());
-        let (_, result) = requests.end_one(name, Ok(())).unwrap();
-        assert_eq!(result, Ok(1));
-        assert!(requests.end_one(name, Ok(())).is_none());
+        let first = give_all(&mut requests);
+        assert_eq!(first.len(), 1);
+        assert!(requests.answered(first[0], &mut sequence).is_some());
+        assert!(requests.end_one(name, Ok(()), &mut sequence).is_none());
+        let second = give_all(&mut requests);
+        assert_eq!(second.len(), 1);
+        assert!(requests.answered(second[0], &mut sequence).is_some());
+        let (_, result) = requests.end_one(name, Ok(()), &mut sequence).unwrap();
+        assert_eq!(result, Ok(2));
+        assert_eq!(give_all(&mut requests).len(), 1);
+    }
 
-        let name = requests.add_several(Header::default(), 2);
-        assert!(requests.end_one(name, Err(Errno::EINVAL)).is_none());
-        let (_, result) = requests.end_one(name, Err(Errno::EIO)).unwrap();
-        assert_eq!(result, Err(Errno::EINVAL));
+    #[test]
+    fn several_writes_end_with_the_first_that_fails() {
+        for (done, expected) in [(1, Ok(1)), (0, Err(Errno::EINVAL))] {
+            let (mut requests, mut sequence) = (Requests::new(), 0);
+            let name = several(&mut requests, 400, &mut sequence);
+            requests.add(request(Instant::now()), &mut sequence);
+
+            for at in 0..=done {
+                let given = give_all(&mut requests);
+                assert!(requests.answered(given[0], &mut sequence).is_some());
+                let result = if at < done {
+                    Ok(())
+                } else {
+                    Err(Errno::EINVAL)
+                };
+                let ended = requests.end_one(name, result, &mut sequence);
+                assert_eq!(
+                    ended.map(|(_, result)| result),
+                    (at == done).then_some(expected)
+                );
+            }
+
+            assert_eq!(requests.len(), 1);
+            assert_eq!(give_all(&mut requests).len(), 1);
+            assert!(requests.end_one(name, Ok(()), &mut sequence).is_none());
+        }
     }
 }

@@ -424,3 +424,96 @@ fn replies_of_a_program_that_dies_are_not_asked_for_again() {
     assert_eq!(stage.supervisor.counters().replays, 0);
     assert_eq!(std::iter::from_fn(|| stage.client.receive()).count(), 200);
 }
+
+#[test]
+fn requests_of_a_client_that_has_gone_are_done_before_it_is_forgotten() {
+    let mut stage = Stage::new();
+    let header = Header::command(0, Command::RegionWrite);
+    for _ in 0..150 {
+        stage.client.send(0, header.unanswered(), &[0; 20]);
+    }
+    settle(&mut stage.supervisor);
+    for _ in 0..150 {
+        stage.client.send(0, header.unanswered(), &[0; 20]);
+    }
+    let (gone, _other) = UnixStream::pair().unwrap();
+
+    stage.client = Peer::new(gone.into(), false);
+    settle(&mut stage.supervisor);
+
+    for _ in 0..300 {
+        let (number, header, _) = stage.program.receive().unwrap();
+        assert!(stage.supervisor.has_client());
+        stage.program.send(number, header.reply(Ok(())), &[0; 16]);
+        settle(&mut stage.supervisor);
+    }
+    assert!(!stage.supervisor.has_client());
+    assert!(stage.program.is_closed());
+}
+
+#[test]
+fn client_that_has_gone_and_is_asked_is_not_waited_for() {
+    let mut stage = Stage::new();
+    stage.ask(5);
+    let asks = Header::command(3, Command::DmaRead);
+    stage.program.send(0, asks, &[0; 16]);
+    settle(&mut stage.supervisor);
+    assert!(stage.supervisor.has_client());
+    let (gone, _other) = UnixStream::pair().unwrap();
+
+    stage.client = Peer::new(gone.into(), false);
+    settle(&mut stage.supervisor);
+
+    assert!(!stage.supervisor.has_client());
+}
+
+/// A program that attaches, and is told of the client by this stream.
+fn seat_unset(supervisor: &mut Supervisor) -> (OwnedFd, Peer) {
+    let control = supervisor.links().link().unwrap();
+    control::send(control.as_fd(), &Packet::Attach(attach()), &[]).unwrap();
+    settle(supervisor);
+    while let Received::Packet(packet, mut descriptors) = control::receive(control.as_fd()) {
+        if matches!(packet, Packet::Session { .. }) {
+            return (control, Peer::new(descriptors.remove(0), true));
+        }
+    }
+    panic!("no session");
+}
+
+#[test]
+fn client_whose_set_up_no_program_takes_over_is_sent_away() {
+    let mut stage = Stage::new();
+    stage.ask(5);
+    drop(stage.control);
+    settle(&mut stage.supervisor);
+
+    for life in 1.. {
+        assert!(life < 20, "the client is still there");
+        let (_control, mut program) = seat_unset(&mut stage.supervisor);
+        let (_, header, _) = program.receive().unwrap();
+        program.send(0, header.reply(Err(crate::Errno::EINVAL)), &[]);
+        settle(&mut stage.supervisor);
+        if !stage.supervisor.has_client() {
+            assert!(life > 1);
+            assert!(stage.supervisor.is_served());
+            break;
+        }
+    }
+    assert!(stage.client.is_closed());
+}
+
+#[test]
+fn request_expires_though_a_program_that_is_not_set_up_is_there() {
+    let mut stage = Stage::new();
+    stage.supervisor.set_reattach_timeout(Duration::ZERO);
+    stage.control = std::fs::File::open("/dev/null").unwrap().into();
+    settle(&mut stage.supervisor);
+    let (_control, mut program) = seat_unset(&mut stage.supervisor);
+
+    stage.ask(5);
+
+    let (_, header, _) = stage.client.receive().unwrap();
+    assert!(matches!(header.kind(), Ok(Kind::Reply(Err(_)))));
+    assert!(program.receive().is_some());
+    assert!(program.receive().is_none());
+}
