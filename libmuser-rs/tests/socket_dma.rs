@@ -7,16 +7,17 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex};
 
 use libmuser::vfio_user::wire::payload::{self, take, Feature};
 use libmuser::vfio_user::wire::{Command, Header};
-use libmuser::{Access, Bar, Device, Dma, Error, PciBuilder, Region, Result};
+use libmuser::{Access, Bar, Bus, Device, Dma, Error, PciBuilder, Region, Result};
 use zerocopy::IntoBytes;
 
 mod raw;
 
-use raw::{access, memfd, Listening, Message, RawClient};
+use raw::{access, memfd, Listening, Message, RawClient, DEADLINE};
 
 const EINVAL: i32 = libc::EINVAL;
 const IOVA: u64 = 0x10_0000;
@@ -539,6 +540,41 @@ fn both_sides_send_the_most_they_can_at_once() {
     let reply = receiver.receive();
     assert_eq!((reply.header.id, reply.result()), (id, Ok(())));
     assert!(client.read(0, 0x100, 1).is_ok());
+}
+
+/// Writes the client's memory twice, whatever becomes of it, and then tells.
+struct Insists(Dma, Sender<()>);
+
+impl Device for Insists {
+    fn write(&mut self, _access: Access, _value: u64) -> Result<()> {
+        let data = vec![0; 0xf_0000];
+        for _ in 0..2 {
+            assert!(self.0.write(IOVA, &data).is_err());
+        }
+        self.1.send(()).unwrap();
+        Ok(())
+    }
+}
+
+#[test]
+fn client_that_does_not_receive_is_sent_nothing_more() {
+    let model = PciBuilder::new(0x1234, 0x5678).bar(0, Bar::memory32(0x1000));
+    let (sender, given_up) = mpsc::channel();
+    let device = move |bus: &Bus| Ok(Insists(bus.dma(), sender));
+    let server = Listening::start(model.build().unwrap(), device);
+    let mut client = server.client();
+    client.write(7, 4, &[4, 0]).unwrap();
+    client.dma_map(IOVA, 0x10_0000, 3, None).unwrap();
+    let write = access(0, 0, 4);
+    let id = client.send(Command::RegionWrite, &[write.as_bytes(), &[0; 4]]);
+
+    given_up.recv_timeout(DEADLINE).unwrap();
+
+    let asked = client.receive();
+    assert_eq!(asked.header.command, Command::DmaWrite.number());
+    let reply = client.receive();
+    assert_eq!(reply.header.command, Command::RegionWrite.number());
+    assert_eq!((reply.header.id, reply.result()), (id, Ok(())));
 }
 
 #[test]

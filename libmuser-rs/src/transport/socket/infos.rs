@@ -63,13 +63,20 @@ impl State {
             minor: version.minor.min(MINOR),
         };
         let data = agreed.to_data();
+        let twin = match twin {
+            Some((ours, theirs)) => {
+                let twin = Channel::new(ours.into(), Framing::Plain, Source::Twin, &hub.events)?;
+                Some((twin, theirs))
+            }
+            None => None,
+        };
+        // From here on nothing fails, and the version is agreed upon.
         session.peer = Some(proposed);
         session.fds = agreed.fds();
         session.main.receiver.set_descriptors(session.fds);
         let payload = [fixed.as_bytes(), data.as_slice()];
         match twin {
-            Some((ours, theirs)) => {
-                let twin = Channel::new(ours.into(), Framing::Plain, Source::Twin, &hub.events)?;
+            Some((twin, theirs)) => {
                 session.twin = Some(twin);
                 session.reply_with(to, &payload, &[theirs.as_fd()]);
             }
@@ -102,8 +109,10 @@ impl State {
             return Err(Refusal::new(Errno::EINVAL, why));
         }
         let region = served.description.region(query.index);
-        let areas = region.map_or_else(Vec::new, mappable);
-        let file = served.areas.file(query.index);
+        // A client that takes no descriptors maps nothing, and reads and writes.
+        let takes_fds = session.peer.is_some_and(|peer| peer.fds() > 0);
+        let file = served.areas.file(query.index).filter(|_| takes_fds);
+        let areas = region.filter(|_| takes_fds).map_or_else(Vec::new, mappable);
         let capability = match (region, areas.as_slice()) {
             // All of it is mappable, so that there is nothing more to say.
             (Some(region), [area]) if area.offset == 0 && area.size == region.size => Vec::new(),
@@ -134,8 +143,7 @@ impl State {
         };
         let has_room = query.argsz >= full;
         let capability: &[u8] = if has_room { &capability } else { &[] };
-        let takes_fds = session.peer.is_some_and(|peer| peer.fds() > 0);
-        let fds: Vec<_> = file.into_iter().filter(|_| takes_fds).collect();
+        let fds: Vec<_> = file.into_iter().collect();
         session.reply_with(to, &[info.as_bytes(), capability], &fds);
         Ok(())
     }

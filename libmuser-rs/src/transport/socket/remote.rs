@@ -16,6 +16,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use zerocopy::IntoBytes;
 
 use super::hub::{Hub, State};
+use super::session::Session;
 use crate::error::Errno;
 use crate::transport::RemoteMemory;
 use crate::vfio_user::link::Prefix;
@@ -192,6 +193,33 @@ impl Exchanges {
     }
 }
 
+impl Session {
+    /// Sends the client a command, unless it has not received what was sent before: what is kept for
+    /// it must not grow with every command that it leaves unanswered. Tells the number.
+    fn ask(
+        &mut self,
+        command: Command,
+        asked: payload::DmaAccess,
+        data: &[u8],
+    ) -> Result<Option<u16>, Errno> {
+        let channel = self.twin.as_mut().unwrap_or(&mut self.main);
+        if channel.sender.has_backlog() {
+            return Ok(None);
+        }
+        let Ok(id) = self.exchanges.begin(command) else {
+            self.end("it has left as many commands unanswered as there can be".into());
+            return Ok(None);
+        };
+        let header = Header::command(id, command);
+        let payload = [asked.as_bytes(), data];
+        if let Err(errno) = channel.send(Prefix::default(), header, &payload, &[]) {
+            self.exchanges.forget(id);
+            return Err(errno);
+        }
+        Ok(Some(id))
+    }
+}
+
 impl Hub {
     /// Bytes that one message may carry to or from the client.
     fn remote_data(&self, session: u64) -> io::Result<usize> {
@@ -209,17 +237,14 @@ impl Hub {
         data: &[u8],
     ) -> io::Result<Vec<u8>> {
         let mut state = self.lock();
-        let session = state.session_of(number).ok_or(Number::ENODEV)?;
-        let id = session.exchanges.begin(command)?;
-        let header = Header::command(id, command);
-        let channel = session.twin.as_mut().unwrap_or(&mut session.main);
-        if let Err(errno) = channel.send(Prefix::default(), header, &[asked.as_bytes(), data], &[])
-        {
-            session.exchanges.forget(id);
-            return Err(errno.into());
-        }
+        let mut id = None;
         loop {
             state.pump();
+            if id.is_none() {
+                if let Some(session) = state.session_of(number) {
+                    id = session.ask(command, asked, data)?;
+                }
+            }
             let outcome = Self::look_for(&mut state, number, id, deadline);
             state.update(self).map_err(|error| error.errno())?;
             if let Some(outcome) = outcome {
@@ -257,7 +282,13 @@ impl Hub {
             };
             match poll(&mut fds, timeout) {
                 Ok(_) | Err(Number::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
+                Err(errno) => {
+                    let mut state = self.lock();
+                    if let (Some(session), Some(id)) = (state.session_of(number), id) {
+                        session.exchanges.abandon(id);
+                    }
+                    return Err(errno.into());
+                }
             }
             state = self.lock();
         }
@@ -267,13 +298,13 @@ impl Hub {
     fn look_for(
         state: &mut State,
         number: u64,
-        id: u16,
+        id: Option<u16>,
         deadline: Instant,
     ) -> Option<io::Result<Vec<u8>>> {
         let Some(session) = state.session_of(number) else {
             return Some(Err(Number::ENODEV.into()));
         };
-        if let Some(answer) = session.exchanges.take(id) {
+        if let Some(answer) = id.and_then(|id| session.exchanges.take(id)) {
             return Some(answer.map_err(io::Error::from));
         }
         if session.is_over() {
@@ -286,7 +317,9 @@ impl Hub {
         }
         if Instant::now() >= deadline {
             log::warn!("the client does not reply to what the device asks it for");
-            session.exchanges.abandon(id);
+            if let Some(id) = id {
+                session.exchanges.abandon(id);
+            }
             return Some(Err(Number::ETIMEDOUT.into()));
         }
         None

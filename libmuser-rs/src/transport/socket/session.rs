@@ -123,7 +123,7 @@ impl Channel {
                 Framing::Plain => 0,
                 Framing::Numbered => Prefix::SIZE,
             },
-            // Commands are not handled while replies are kept, so those are few.
+            // Commands are neither handled nor sent while anything is kept, so it is little.
             backlog: usize::MAX,
         };
         let (sender, receiver) = split(socket, limits);
