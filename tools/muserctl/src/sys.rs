@@ -75,6 +75,8 @@ pub(crate) fn query(node: &File) -> io::Result<Query> {
 /// also those that this one has blocked.
 pub(crate) fn make_child(command: &mut Command) {
     let parent = std::process::id();
+    // With its own children it is told to end, and by nobody but this process.
+    command.process_group(0);
     let make_child = move || {
         SigSet::empty().thread_set_mask()?;
         // SAFETY: prctl takes numbers only here.

@@ -188,6 +188,28 @@ fn killed_program_is_started_again_and_its_client_goes_on() {
 }
 
 #[test]
+fn program_left_behind_by_a_killed_shell_does_not_serve_on() {
+    let this = std::env::current_exe().unwrap();
+    let script = format!(
+        "{DEVICE_FD}=$2 {} --exact device_program --nocapture & wait",
+        this.display()
+    );
+    let mut supervised = Supervised::with(&["sh", "-c", &script, "sh"]);
+    let shell = supervised.program();
+    let client = supervised.client();
+    add(&client, 7);
+
+    kill(shell, Signal::SIGKILL).unwrap();
+    let next = supervised.program();
+
+    assert_ne!(next, shell);
+    add(&client, 1);
+    assert_eq!(value(&client), 8);
+    supervised.signal(Signal::SIGTERM);
+    supervised.wait();
+}
+
+#[test]
 fn hangup_replaces_the_program_and_its_client_goes_on() {
     let mut supervised = Supervised::start();
     let program = supervised.program();

@@ -5,7 +5,7 @@ use crate::error::{reason, Error, Result};
 use crate::sys;
 use libmuser::supervise::Links;
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
-use nix::sys::signal::{kill, Signal};
+use nix::sys::signal::{killpg, Signal};
 use nix::unistd::Pid;
 use std::ffi::OsString;
 use std::fmt;
@@ -148,11 +148,15 @@ impl Program {
         let running = self.running.as_mut()?;
         let status = running.child.try_wait().ok()??;
         let Running {
+            child,
             began,
             served,
             told,
             ..
         } = self.running.take()?;
+        // What it has started, and left behind, has the link still, but the next one is to serve. It gets
+        // no time: to wind up would reset the state that they share.
+        signal(&child, Signal::SIGKILL);
         let short = now.saturating_duration_since(began) < SHORT && !told;
         self.short = if short { self.short + 1 } else { 0 };
         self.stillbirths = if short && !served {
@@ -188,7 +192,8 @@ impl Program {
             return;
         };
         running.told = true;
-        running.kill_at = Some(now + grace);
+        // However often it is told, the first time counts.
+        running.kill_at.get_or_insert(now + grace);
         signal(&running.child, Signal::SIGTERM);
     }
 
@@ -217,11 +222,11 @@ impl Program {
     }
 }
 
-/// Sends a signal to a child that was not waited for yet, so that its number is its own.
+/// Sends a signal to a child's group: all that it has started and that is there.
 fn signal(child: &Child, signal: Signal) {
     if let Ok(id) = i32::try_from(child.id()) {
-        // It may have ended.
-        let _ = kill(Pid::from_raw(id), signal);
+        // They may have ended.
+        let _ = killpg(Pid::from_raw(id), signal);
     }
 }
 
