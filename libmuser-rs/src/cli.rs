@@ -89,8 +89,7 @@ ends it at once.",
     ),
     (
         "EXIT STATUS",
-        "\
-  0  the device was removed or handed over, the client of a connected socket has gone, the program
+        "  0  the device was removed or handed over, the client of a connected socket has gone, the program
      was told to end, or what was asked for was printed
   1  serving failed; the last line on standard error says why
   2  the command line makes no sense
@@ -113,13 +112,11 @@ What can this program be, before it is started?
     ),
     (
         "ENVIRONMENT",
-        "\
-  LISTEN_FDS, LISTEN_PID   what `--fd systemd` checks, see sd_listen_fds(3)",
+        "  LISTEN_FDS, LISTEN_PID   what `--fd systemd` checks, see sd_listen_fds(3)",
     ),
     (
         "FILES",
-        "\
-  /dev/muser/UUID   what --uuid serves; `muserctl create` makes it",
+        "  /dev/muser/UUID   what --uuid serves; `muserctl create` makes it",
     ),
 ];
 

@@ -69,8 +69,7 @@ tools/muserctl/README.md lists all.",
     ),
     (
         "EXIT STATUS",
-        "\
-  0  done
+        "  0  done
   1  failed; a sentence on stderr says why
   2  the command line makes no sense
 
@@ -78,13 +77,11 @@ tools/muserctl/README.md lists all.",
     ),
     (
         "ENVIRONMENT",
-        "\
-  LISTEN_FDS, LISTEN_PID   for `supervise --fd systemd` only, see sd_listen_fds(3)",
+        "  LISTEN_FDS, LISTEN_PID   for `supervise --fd systemd` only, see sd_listen_fds(3)",
     ),
     (
         "FILES",
-        "\
-  /sys/class/mdev_bus/*/mdev_supported_types/muser-*
+        "  /sys/class/mdev_bus/*/mdev_supported_types/muser-*
       what `types` reads and `create` writes to
   /sys/bus/mdev/devices/UUID
       what `list` reads, `remove` and `set` write to

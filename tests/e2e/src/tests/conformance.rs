@@ -22,7 +22,8 @@ pub(super) fn tests() -> Vec<Test> {
         name: format!("conformance::{}@{road}", case.name),
         body: Body::Case(road, case),
         lacking: match case.name {
-            "dma::written_pages_are_recorded" => vfio::logging_lacking,
+            "dma::written_pages_are_recorded"
+            | "dma::pages_written_through_slices_are_recorded" => vfio::logging_lacking,
             _ => || None,
         },
         patience: 1,

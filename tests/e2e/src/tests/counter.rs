@@ -259,7 +259,7 @@ fn help_tells_the_options() -> Result<()> {
         "--take-over",
         "--threads",
         "SIGTERM",
-        "Exit codes",
+        "EXIT STATUS",
     ] {
         ensure!(help.contains(part), "--help lacks {part:?}: {help}");
     }

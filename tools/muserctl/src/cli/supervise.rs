@@ -32,16 +32,14 @@ less. A request that 64 programs have died with fails with EIO.",
     ),
     (
         "SIGNALS",
-        "\
-  SIGHUP           tells the program to end, and starts it again: how to upgrade it
+        "  SIGHUP           tells the program to end, and starts it again: how to upgrade it
   SIGTERM, SIGINT  tells the program to end, and ends; once more, the program is killed
 
 The program is told by SIGTERM, and has 10 seconds. It is killed when the supervisor dies.",
     ),
     (
         "EXIT STATUS",
-        "\
-  0  told to end, or the client of a connected socket (--fd) has gone
+        "  0  told to end, or the client of a connected socket (--fd) has gone
   1  supervising failed; a sentence on standard error says why
   2  the command line makes no sense
   3  the socket could not be made or taken
@@ -49,14 +47,9 @@ The program is told by SIGTERM, and has 10 seconds. It is killed when the superv
     ),
     (
         "ENVIRONMENT",
-        "\
-  LISTEN_FDS, LISTEN_PID   what `--fd systemd` checks, see sd_listen_fds(3)",
+        "  LISTEN_FDS, LISTEN_PID   what `--fd systemd` checks, see sd_listen_fds(3)",
     ),
-    (
-        "FILES",
-        "\
-  PATH   the socket; it is removed at the end",
-    ),
+    ("FILES", "  PATH   the socket; it is removed at the end"),
     (
         "EXAMPLES",
         "\
