@@ -17,6 +17,7 @@ mod check;
 mod client;
 pub mod device;
 mod host;
+mod own;
 mod suite;
 
 pub use client::{Access, Client, DmaMemory, Memory, RegionInfo};

@@ -6,7 +6,6 @@ use std::os::fd::BorrowedFd;
 use std::process::ExitCode;
 
 use libmuser::transport::memory::{self, ClientMemory, IrqAction, IrqData, MemoryTransport};
-use libmuser::{AreaKind, DmaAccess, SharedMemory};
 use libtest_mimic::{Arguments, Trial};
 use muser_conformance::{cases, run_with, Access, Backend, Client, DmaMemory, Memory, RegionInfo};
 
@@ -49,17 +48,7 @@ struct Open(memory::Client);
 
 impl Client for Open {
     fn region(&self, index: u32) -> io::Result<Option<RegionInfo>> {
-        Ok(self.0.region(index).map(|region| RegionInfo {
-            size: region.size,
-            readable: region.readable,
-            writable: region.writable,
-            areas: region
-                .areas
-                .iter()
-                .filter(|area| area.kind == AreaKind::Mappable)
-                .map(|area| (area.offset, area.size))
-                .collect(),
-        }))
+        Ok(self.0.region(index).map(RegionInfo::from))
     }
 
     fn vectors(&self, index: u32) -> io::Result<u32> {
@@ -108,17 +97,13 @@ impl Client for Open {
     }
 
     fn map(&self, region: u32, offset: u64, _len: usize) -> io::Result<Box<dyn Memory>> {
-        Ok(Box::new(Mapped(self.0.map(region, offset)?)))
+        Ok(Box::new(self.0.map(region, offset)?))
     }
 
     fn dma_map(&self, iova: u64, len: u64, access: Access) -> io::Result<Box<dyn DmaMemory>> {
         let memory = ClientMemory::new(usize::try_from(len).unwrap_or(usize::MAX))?;
-        let access = match access {
-            Access::Read => DmaAccess::Read,
-            Access::Both => DmaAccess::ReadWrite,
-        };
-        self.0.dma_map(iova, &memory, 0..len, access)?;
-        Ok(Box::new(Lent(memory)))
+        self.0.dma_map(iova, &memory, 0..len, access.into())?;
+        Ok(Box::new(memory))
     }
 
     fn dma_unmap(&self, iova: u64, len: u64) -> io::Result<u64> {
@@ -132,37 +117,5 @@ impl Client for Open {
 
     fn dirty_pages(&self, iova: u64, len: u64) -> io::Result<Vec<u64>> {
         Ok(self.0.dirty_pages(iova..iova + len, true))
-    }
-}
-
-#[derive(Debug)]
-struct Lent(ClientMemory);
-
-impl DmaMemory for Lent {
-    fn read(&self, offset: usize, to: &mut [u8]) {
-        self.0
-            .read(offset as u64, to)
-            .expect("the bytes are in the memory");
-    }
-
-    fn write(&self, offset: usize, from: &[u8]) {
-        self.0
-            .write(offset as u64, from)
-            .expect("the bytes are in the memory");
-    }
-}
-
-#[derive(Debug)]
-struct Mapped(SharedMemory);
-
-impl Memory for Mapped {
-    fn load(&self, offset: usize) -> u32 {
-        self.0.load(offset).expect("the offset is in the area")
-    }
-
-    fn store(&self, offset: usize, value: u32) {
-        self.0
-            .store(offset, value)
-            .expect("the offset is in the area");
     }
 }

@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use libmuser::client::{self, ClientMemory, IrqAction, IrqData, Options};
 use libmuser::supervise::{Links, Supervisor};
 use libmuser::transport::SocketTransport;
-use libmuser::{DmaAccess, Ended, SharedMemory, Stop};
+use libmuser::{Ended, Stop};
 use libtest_mimic::{Arguments, Trial};
 use muser_conformance::{
     cases, run_with, Access, Backend, Case, Client, DmaMemory, Memory, RegionInfo,
@@ -263,16 +263,7 @@ impl Open {
 
 impl Client for Open {
     fn region(&self, index: u32) -> io::Result<Option<RegionInfo>> {
-        Ok(self.client.region(index).map(|region| RegionInfo {
-            size: region.size,
-            readable: region.readable,
-            writable: region.writable,
-            areas: region
-                .areas
-                .iter()
-                .map(|area| (area.offset, area.size))
-                .collect(),
-        }))
+        Ok(self.client.region(index).map(RegionInfo::from))
     }
 
     fn vectors(&self, index: u32) -> io::Result<u32> {
@@ -320,7 +311,7 @@ impl Client for Open {
 
     fn map(&self, region: u32, offset: u64, _len: usize) -> io::Result<Box<dyn Memory>> {
         let memory = self.client.map(region, offset).map_err(to_io)?;
-        Ok(Box::new(Mapped(memory)))
+        Ok(Box::new(memory))
     }
 
     fn dma_map(&self, iova: u64, len: u64, access: Access) -> io::Result<Box<dyn DmaMemory>> {
@@ -330,13 +321,9 @@ impl Client for Open {
         } else {
             memory.unshared()
         };
-        let access = match access {
-            Access::Read => DmaAccess::Read,
-            Access::Both => DmaAccess::ReadWrite,
-        };
-        let mapped = self.client.dma_map(iova, &memory, 0..len, access);
+        let mapped = self.client.dma_map(iova, &memory, 0..len, access.into());
         mapped.map_err(to_io)?;
-        Ok(Box::new(Lent(memory)))
+        Ok(Box::new(memory))
     }
 
     fn dma_unmap(&self, iova: u64, len: u64) -> io::Result<u64> {
@@ -351,37 +338,5 @@ impl Client for Open {
 
     fn dirty_pages(&self, iova: u64, len: u64) -> io::Result<Vec<u64>> {
         self.client.dirty_pages(iova..iova + len).map_err(to_io)
-    }
-}
-
-#[derive(Debug)]
-struct Lent(ClientMemory);
-
-impl DmaMemory for Lent {
-    fn read(&self, offset: usize, to: &mut [u8]) {
-        self.0
-            .read(offset as u64, to)
-            .expect("the bytes are in the memory");
-    }
-
-    fn write(&self, offset: usize, from: &[u8]) {
-        self.0
-            .write(offset as u64, from)
-            .expect("the bytes are in the memory");
-    }
-}
-
-#[derive(Debug)]
-struct Mapped(SharedMemory);
-
-impl Memory for Mapped {
-    fn load(&self, offset: usize) -> u32 {
-        self.0.load(offset).expect("the offset is in the area")
-    }
-
-    fn store(&self, offset: usize, value: u32) {
-        self.0
-            .store(offset, value)
-            .expect("the offset is in the area");
     }
 }
