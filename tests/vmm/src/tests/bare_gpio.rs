@@ -78,6 +78,13 @@ impl Bench {
         }
         Ok(())
     }
+
+    /// The card counts reads of its inputs from none.
+    pub(super) fn inputs_begin_anew(&mut self) -> Result<()> {
+        let reads = (0..4).map(|_| self.get(IN_0_7));
+        let reads = reads.collect::<Result<Vec<_>>>()?;
+        equal("inputs", reads, vec![0, 0, 0, 0xff])
+    }
 }
 
 fn config_space_is_that_of_the_card() -> Result<()> {
@@ -190,13 +197,7 @@ fn reset_of_the_machine_resets_the_card() -> Result<()> {
         bench.qemu.reset()?;
         bench.switch_on()?;
         equal("outputs", bench.get(OUT_0_7)?, 0)?;
-        // The count of reads begins anew.
-        let reads = (0..4).map(|_| bench.get(IN_0_7));
-        equal(
-            "inputs",
-            reads.collect::<Result<Vec<_>>>()?,
-            vec![0, 0, 0, 0xff],
-        )?;
+        bench.inputs_begin_anew()?;
         bench.set(OUT_0_7, 0xaa)?;
     }
     Ok(())
@@ -210,12 +211,7 @@ fn next_qemu_finds_the_card_as_new() -> Result<()> {
         let mut bench = Bench::new(&server)?;
         equal("outputs", bench.get(OUT_0_7)?, 0)?;
         equal("status", bench.get(IRQ_STATUS)?, 0)?;
-        let reads = (0..4).map(|_| bench.get(IN_0_7));
-        equal(
-            "inputs",
-            reads.collect::<Result<Vec<_>>>()?,
-            vec![0, 0, 0, 0xff],
-        )?;
+        bench.inputs_begin_anew()?;
         bench.set(OUT_0_7, 0x77)?;
         bench.get(IRQ_CONTROL)?;
         bench.toggle()?;
