@@ -256,13 +256,9 @@ impl Memory {
 impl Irq {
     fn new(bus: u32, state: &muser_irq_state) -> Self {
         let index = state.irq.index;
-        let name = match (bus, index) {
-            (MUSER_BUS_PCI, 0) => "INTx".to_owned(),
-            (MUSER_BUS_PCI, 1) => "MSI".to_owned(),
-            (MUSER_BUS_PCI, 2) => "MSI-X".to_owned(),
-            (MUSER_BUS_PCI, 3) => "ERR".to_owned(),
-            (MUSER_BUS_PCI, 4) => "REQ".to_owned(),
-            _ => format!("irq{index}"),
+        let name = match pci_interrupt(index).filter(|_| bus == MUSER_BUS_PCI) {
+            Some(name) => name.to_owned(),
+            None => format!("irq{index}"),
         };
         let known = [
             (MUSER_IRQ_EVENTFD, "eventfd"),
@@ -365,6 +361,12 @@ fn regions(query: &Query) -> Vec<Region> {
                 .collect(),
         })
         .collect()
+}
+
+/// The name of an interrupt index, as `VFIO_PCI_*_IRQ_INDEX` in `<linux/vfio.h>` numbers them.
+pub(crate) fn pci_interrupt(index: u32) -> Option<&'static str> {
+    const NAMES: [&str; 5] = ["INTx", "MSI", "MSI-X", "ERR", "REQ"];
+    NAMES.get(index as usize).copied()
 }
 
 /// The name of a region, as `VFIO_PCI_*_REGION_INDEX` in `<linux/vfio.h>` numbers them.

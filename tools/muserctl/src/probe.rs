@@ -15,6 +15,7 @@ use libmuser::pci::regs::{
 use libmuser::{AreaKind, Region};
 use serde::Serialize;
 
+use crate::device::pci_interrupt;
 use crate::error::{Error, Result};
 use crate::text;
 
@@ -22,8 +23,6 @@ use crate::text;
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// Bytes that one read may ask for: a screen, not a dump.
 const MAX_READ: usize = 4096;
-/// Interrupt indexes of `<linux/vfio.h>`, `VFIO_PCI_INTX_IRQ_INDEX` and so on.
-const INTERRUPTS: [&str; 5] = ["INTx", "MSI", "MSI-X", "ERR", "REQ"];
 
 /// A place in a region, as `--read` has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -328,8 +327,8 @@ fn region_name(pci: bool, index: u32) -> String {
 }
 
 fn interrupt_name(pci: bool, index: u32) -> String {
-    match INTERRUPTS.get(index as usize).filter(|_| pci) {
-        Some(name) => (*name).to_owned(),
+    match pci_interrupt(index).filter(|_| pci) {
+        Some(name) => name.to_owned(),
         None => format!("interrupt {index}"),
     }
 }
