@@ -212,6 +212,16 @@ impl Core {
             .collect()
     }
 
+    /// Pauses all queues, which forget what they were at and what was rung.
+    fn stop_all(&self) -> Vec<Paused<'_>> {
+        let mut paused = self.pause_all();
+        paused
+            .iter_mut()
+            .for_each(|paused| paused.worker().forget());
+        self.clear_doorbells();
+        paused
+    }
+
     /// The tail of a submission queue, as the host has it.
     pub(crate) fn tail(&self, queue: usize) -> u32 {
         self.bell(2 * queue)
@@ -307,11 +317,7 @@ impl Core {
 
     /// Enables the controller with this CC.
     pub(crate) fn enable(&self, cc: u32) -> Result<()> {
-        let mut paused = self.pause_all();
-        paused
-            .iter_mut()
-            .for_each(|paused| paused.worker().forget());
-        self.clear_doorbells();
+        let _paused = self.stop_all();
         self.kept.change(|whole| {
             let control = &mut whole.control;
             let possible = control.can_enable(cc);
@@ -333,11 +339,7 @@ impl Core {
     /// queues if CC was written, and without after other resets.
     pub(crate) fn reset(&self, cc: Option<u32>) -> Result<()> {
         self.live.store(false, Ordering::SeqCst);
-        let mut paused = self.pause_all();
-        paused
-            .iter_mut()
-            .for_each(|paused| paused.worker().forget());
-        self.clear_doorbells();
+        let _paused = self.stop_all();
         self.kept.change(|whole| {
             let control = &mut whole.control;
             let before = (control.asq, control.acq, control.aqa);
